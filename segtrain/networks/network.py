@@ -1,0 +1,83 @@
+"""What every network of segtrain offers: scores, and settings to trade them for cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+from torch import nn
+
+from segtrain.errors import UserError, did_you_mean
+from segtrain.reduction import Setting
+
+
+class Network(nn.Module):
+    """From a normalised image batch (B, 3, H, W) to scores (B, K, ceil(H/s), ceil(W/s)).
+
+    A subclass reads its reduction from ``self.setting`` in ``forward``. Switching a setting
+    changes this one attribute: no parameter, no buffer, no other module.
+
+    Args:
+        num_classes: K.
+        stride: s, how many image pixels one score covers along an axis.
+        settings: the published settings, the one under which the weights are trained first.
+    """
+
+    setting_type: ClassVar[type[Setting]] = Setting
+    #: Whether the cost of a setting depends on what the image shows.
+    data_dependent: ClassVar[bool] = False
+
+    def __init__(
+        self, num_classes: int, stride: int, settings: Sequence[Setting] = (Setting("full"),)
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.stride = stride
+        self.settings: dict[str, Setting] = {setting.name: setting for setting in settings}
+        self.setting: Setting = settings[0]
+
+    @property
+    def training_setting(self) -> Setting:
+        """The setting under which the weights are trained."""
+        return next(iter(self.settings.values()))
+
+    def resolve_setting(self, setting: str | Setting | Mapping[str, Any]) -> Setting:
+        """The setting that a name, a setting or plain values stand for.
+
+        Raises:
+            UserError: no published setting has that name, or the values do not fit.
+        """
+        if isinstance(setting, str):
+            if setting not in self.settings:
+                raise UserError(
+                    f"{type(self).__name__} has no setting '{setting}': "
+                    f"{did_you_mean(setting, self.settings)}"
+                )
+            return self.settings[setting]
+        if not isinstance(setting, Setting):
+            named = "name" in setting
+            setting = self.setting_type.from_values(setting)
+            for published in self.settings.values():
+                if not named and published.values == setting.values:
+                    return published
+        if not isinstance(setting, self.setting_type):
+            raise UserError(
+                f"{type(self).__name__} takes a {self.setting_type.__name__}, "
+                f"not a {type(setting).__name__}"
+            )
+        self.check_setting(setting)
+        return setting
+
+    def check_setting(self, setting: Setting) -> None:
+        """Raise UserError if a setting does not fit this network's layers."""
+
+    @contextmanager
+    def using(self, setting: str | Setting | Mapping[str, Any]) -> Iterator[Setting]:
+        """Switch to a setting, and back to the former one on leaving, also after an error."""
+        former = self.setting
+        self.setting = self.resolve_setting(setting)
+        try:
+            yield self.setting
+        finally:
+            self.setting = former

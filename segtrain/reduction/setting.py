@@ -1,0 +1,55 @@
+"""The value that a network's reduction is switched by."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Self
+
+from segtrain.errors import UserError, did_you_mean
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One named, immutable value of a network's reduction.
+
+    A network with a reduction subclasses it with the fields of that reduction; a network without
+    one has the single setting ``Setting("full")``.
+    """
+
+    name: str
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The fields without the name, as plain types (tuples become lists)."""
+        fields = dataclasses.asdict(self)
+        del fields["name"]
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()
+        }
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> Self:
+        """Build a setting from plain values such as ``{"encoder": [16, 8, 2, 1], ...}``.
+
+        ``name`` may be among them; without it the name tells the values.
+
+        Raises:
+            UserError: a field is missing or unknown, or holds what the reduction does not take.
+        """
+        fields = [field.name for field in dataclasses.fields(cls) if field.name != "name"]
+        for key in values:
+            if key not in fields and key != "name":
+                raise UserError(f"a setting has no field '{key}': {did_you_mean(key, fields)}")
+        missing = [field for field in fields if field not in values]
+        if missing:
+            raise UserError(f"a setting needs {', '.join(fields)}: {', '.join(missing)} is missing")
+        plain: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        setting = cls(**{"name": ""} | plain)
+        return setting if setting.name else dataclasses.replace(setting, name=setting.describe())
+
+    def describe(self) -> str:
+        """A name for values that nobody named."""
+        return "_".join(f"{key}={value}" for key, value in self.values.items())
