@@ -1,0 +1,217 @@
+"""Counts against the published tables and torch's own counter; what measurements promise."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from segtrain import UserError, create_network, measure_cost
+from segtrain.networks import Network
+
+ADE20K, CITYSCAPES = ((512, 512), 150), ((1024, 2048), 19)
+SETTINGS = {
+    "full": "full",
+    "decoder": "isr_1111_222",
+    "chosen": "isr_2211_222",
+    "all": "isr_2222_222",
+    # A row of table 4b that is printed as [4, 8, 12]; its number is that of the multiplier 4.
+    "decoder x4": {"encoder": [8, 4, 2, 1], "decoder": [4, 8, 16]},
+}
+# GFLOPs of EDAFormer's tables 1, 3 and 4b, which are multiply-accumulates.
+PUBLISHED = [
+    ("tiny", ADE20K, "full", 5.6),
+    ("tiny", ADE20K, "decoder", 5.3),
+    ("tiny", ADE20K, "chosen", 4.7),
+    ("tiny", ADE20K, "all", 4.1),
+    ("base", ADE20K, "full", 32.0),
+    ("base", ADE20K, "decoder", 31.3),
+    ("base", ADE20K, "chosen", 29.4),
+    ("base", ADE20K, "all", 26.6),
+    ("tiny", CITYSCAPES, "full", 151.7),
+    ("tiny", CITYSCAPES, "decoder", 133.6),
+    ("tiny", CITYSCAPES, "chosen", 94.9),
+    ("tiny", CITYSCAPES, "all", 59.1),
+    ("tiny", CITYSCAPES, "decoder x4", 129.1),
+    ("base", CITYSCAPES, "full", 605.9),
+    ("base", CITYSCAPES, "decoder", 569.0),
+    ("base", CITYSCAPES, "chosen", 452.9),
+    ("base", CITYSCAPES, "all", 298.1),
+]
+# Half of torch's FlopCounterMode, and fvcore's count, both of the authors' code.
+COUNTED = {
+    ("macs", "tiny", ADE20K): [5.593, 5.271, 4.665, 4.055],
+    ("macs", "base", ADE20K): [31.820, 31.087, 29.263, 26.470],
+    ("macs", "tiny", CITYSCAPES): [151.297, 133.221, 94.551, 58.665],
+    ("macs", "base", CITYSCAPES): [604.524, 567.656, 451.598, 296.777],
+    ("fvcore", "tiny", ADE20K): [5.648, 5.326, 4.720, 4.110],
+    ("fvcore", "base", ADE20K): [31.984, 31.249, 29.426, 26.632],
+}
+
+
+@pytest.fixture(scope="module")
+def networks():
+    return {
+        (size, classes): create_network(f"edaformer_{size}", classes)
+        for size in ("tiny", "base")
+        for classes in (150, 19)
+    }
+
+
+def giga(network, image_size, setting, convention):
+    cost = measure_cost(network, image_size, setting, latency=False, convention=convention)
+    return cost.macs / 1e9
+
+
+@pytest.mark.parametrize(("size", "data", "setting", "published"), PUBLISHED)
+def test_published_tables_to_the_printed_digit(networks, size, data, setting, published):
+    image_size, classes = data
+    count = giga(networks[size, classes], image_size, SETTINGS[setting], "mmcv")
+    assert round(count, 1) == published
+
+
+def test_published_row_whose_pools_leave_a_remainder(networks):
+    # Printed as [3, 6, 9] in table 4b. The authors price keys as h/r * w/r without rounding, while
+    # 32x64, 64x128 and 128x256 tokens under these pools have 10 * 21 keys.
+    setting = {"encoder": [8, 4, 2, 1], "decoder": [3, 6, 12]}
+    count = giga(networks["tiny", 19], CITYSCAPES[0], setting, "mmcv")
+    keys = 32 / 3 * 64 / 3 - 10 * 21
+    blocks = 3 * 32 * 64 * 256 + 2 * 64 * 128 * 128 + 128 * 256 * 64
+    assert round(count + 2 * keys * blocks / 1e9, 1) == 130.3
+
+
+@pytest.mark.parametrize(("convention", "size", "data"), COUNTED)
+def test_counts_of_the_authors_code(networks, convention, size, data):
+    image_size, classes = data
+    network = networks[size, classes]
+    counts = [giga(network, image_size, name, convention) for name in list(network.settings)[:4]]
+    assert counts == pytest.approx(COUNTED[convention, size, data], abs=6e-4)
+    assert counts == sorted(counts, reverse=True)
+
+
+class Wrapped(Network):
+    """A few layers as a network: whatever is called, of an image (B, 3, H, W)."""
+
+    def __init__(self, layers, call):
+        super().__init__(num_classes=1, stride=1)
+        self.layers = layers
+        self.call = call
+
+    def forward(self, images):
+        return self.call(self.layers, images)
+
+
+def tokens(images):
+    """(B, 48, 16)."""
+    return images.flatten(1).unflatten(1, (48, -1))
+
+
+CONV = nn.Conv2d(3, 12, 3, stride=2, padding=1)
+WRAPPED = {
+    "convolution": (CONV, lambda conv, x: conv(x)),
+    "grouped": (nn.Conv2d(3, 6, 5, groups=3, padding="same"), lambda conv, x: conv(x)),
+    "transposed": (nn.ConvTranspose2d(3, 7, 4, stride=2), lambda conv, x: conv(x)),
+    "linear": (nn.Linear(16, 5, bias=False), lambda linear, x: linear(tokens(x))),
+    "attention": (
+        nn.MultiheadAttention(16, 4, batch_first=True),
+        lambda attention, x: attention(tokens(x), tokens(x)[:, :20], tokens(x)[:, :20])[0],
+    ),
+    "attention weights": (
+        nn.MultiheadAttention(16, 4, batch_first=True),
+        lambda attention, x: attention(*[tokens(x)] * 3, need_weights=True)[0],
+    ),
+    "encoder layer": (
+        nn.TransformerEncoderLayer(16, 4, 24, batch_first=True),
+        lambda layer, x: layer(tokens(x)),
+    ),
+    "einsum": (CONV, lambda _, x: torch.einsum("bchw,bdhw->bcd", x, x)),
+    "matmul": (CONV, lambda _, x: tokens(x) @ tokens(x)[0].T),
+    "baddbmm": (CONV, lambda _, x: torch.baddbmm(x[0], x[0], x[0].mT)),
+    "products of different widths": (
+        CONV,
+        lambda _, x: nn.functional.scaled_dot_product_attention(
+            x, x[:, :, :9], torch.cat([x, x], -1)[:, :, :9]
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_macs_are_half_of_torchs_flops_also_inside_composites(name):
+    network = Wrapped(*WRAPPED[name])
+    with FlopCounterMode(display=False) as counter:
+        network(torch.rand(2, 3, 16, 16))
+    assert counter.get_total_flops() > 0
+    for network.data_dependent in (False, True):  # without data, and with
+        cost = measure_cost(network, (16, 16), batch_size=2, latency=False)
+        assert 2 * cost.macs == counter.get_total_flops()
+
+
+def test_a_network_whose_cost_depends_on_the_image_runs_on_one():
+    class Brightest(Wrapped):
+        data_dependent = True
+
+    def call(conv, images):
+        return conv(images[:, :, : 8 if images.mean() > 10 else 16])
+
+    cost = measure_cost(Brightest(CONV, call), (16, 16), latency=False)
+    assert cost.macs == 8 * 8 * 12 * 3 * 3 * 3
+    again = measure_cost(Wrapped(CONV, lambda conv, x: conv(x)), (16, 16), latency=False)
+    assert (cost.macs, cost.peak_memory_mib) == (again.macs, pytest.approx(again.peak_memory_mib))
+
+
+def test_peak_memory_is_what_lives_at_once():
+    def chain(conv, images):
+        for _ in range(5):
+            images = conv(images)
+        return images
+
+    network = Wrapped(nn.Conv2d(3, 3, 1, bias=False), chain)
+    cost = measure_cost(network, (64, 32), latency=False)
+    image = 3 * 64 * 32 * 4
+    assert cost.peak_memory_mib * 2**20 == 3 * image + 9 * 4  # the image, and one map to the next
+
+
+def test_latency_and_the_rest_are_there():
+    network = create_network("edaformer_nano", 19)
+    cost = measure_cost(network, (64, 96), "isr_2211_222")
+    low, high = cost.latency_spread_ms
+    assert 0 < low <= cost.latency_ms <= high
+    assert cost.parameters == sum(p.numel() for p in network.parameters())
+    assert cost.peak_memory_mib * 2**20 > 4 * (cost.parameters + 3 * 64 * 96)
+    assert (cost.image_size, cost.batch_size) == ((64, 96), 1)
+    assert (cost.device, cost.convention) == ("cpu", "macs")
+
+
+def test_the_network_is_left_as_it_was():
+    network = create_network("edaformer_nano", 19).train()
+    network.encoder.eval()  # frozen by its user
+    modes = [module.training for module in network.modules()]
+    state = copy.deepcopy(network.state_dict())
+    setting, generator = network.setting, torch.get_rng_state()
+    measure_cost(network, (64, 64), "isr_2222_222")
+    assert [module.training for module in network.modules()] == modes
+    assert network.setting is setting
+    assert all(torch.equal(state[name], value) for name, value in network.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_slips():
+    network = create_network("edaformer_nano", 19)
+    with pytest.raises(UserError, match="'mac': did you mean 'macs'"):
+        measure_cost(network, (64, 64), convention="mac")
+    with pytest.raises(UserError, match="isr_2211_222"):
+        measure_cost(network, (64, 64), "isr_2211_22")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_memory_leaves_out_what_else_lives_there():
+    network = create_network("edaformer_nano", 19)
+    first = measure_cost(network, (256, 256), device="cuda")
+    ballast = torch.zeros(2**26, device="cuda")
+    second = measure_cost(network, (256, 256), device="cuda")
+    assert ballast.is_cuda
+    assert first.device == "cuda"
+    assert second.peak_memory_mib == pytest.approx(first.peak_memory_mib, rel=0.05)
