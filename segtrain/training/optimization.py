@@ -1,0 +1,97 @@
+"""AdamW over parameter groups, and the learning rate as a function of the optimiser step."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypedDict
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from segtrain.errors import UserError, did_you_mean
+
+
+class GroupRule(TypedDict, total=False):
+    """What differs for the parameters that a rule matches."""
+
+    learning_rate_scale: float
+    weight_decay_scale: float
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """AdamW with rules that give some parameters another learning rate or weight decay.
+
+    A rule applies to parameters whose full name contains its key. Longer keys are tried first,
+    equally long ones in alphabetical order, and the first match wins, as in mmcv: a decoder's norm
+    under rules for ``decoder`` and ``norm`` follows ``decoder`` alone.
+    """
+
+    learning_rate: float
+    weight_decay: float
+    betas: Sequence[float] = (0.9, 0.999)
+    groups: Mapping[str, GroupRule] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        known = GroupRule.__annotations__
+        for key, rule in self.groups.items():
+            for name in rule:
+                if name not in known:
+                    raise UserError(
+                        f"optimizer.groups.{key}.{name} is unknown: {did_you_mean(name, known)}"
+                    )
+
+    def rule_for(self, name: str) -> GroupRule:
+        """The rule of the parameter with that full name; an empty one if none matches."""
+        for key in sorted(sorted(self.groups), key=len, reverse=True):
+            if key in name:
+                return self.groups[key]
+        return {}
+
+    def build(self, network: nn.Module) -> torch.optim.AdamW:
+        """The optimiser, with one group for each pair of learning rate and weight decay."""
+        members: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
+        for name, parameter in network.named_parameters():
+            if parameter.requires_grad:
+                rule = self.rule_for(name)
+                learning_rate = self.learning_rate * rule.get("learning_rate_scale", 1.0)
+                weight_decay = self.weight_decay * rule.get("weight_decay_scale", 1.0)
+                members[learning_rate, weight_decay].append(parameter)
+        groups = [
+            {"params": parameters, "lr": learning_rate, "weight_decay": weight_decay}
+            for (learning_rate, weight_decay), parameters in members.items()
+        ]
+        return torch.optim.AdamW(groups, betas=(self.betas[0], self.betas[1]))
+
+
+@dataclass(frozen=True)
+class PolynomialSchedule:
+    """Polynomial decay to zero, times a linear warm-up; in optimiser steps.
+
+    At step t of T the learning rate is base * (1 - t/T)^power, and during the first W steps this
+    times 1 - (1 - t/W) * (1 - factor), as mmcv's linear warm-up over a poly schedule has it.
+
+    Args:
+        steps: T.
+        warmup_steps: W; 0 for no warm-up.
+        warmup_factor: the share of the learning rate at step 0.
+        power: exponent of the decay.
+    """
+
+    steps: int
+    warmup_steps: int = 1500
+    warmup_factor: float = 1e-6
+    power: float = 1.0
+
+    def __call__(self, step: int) -> float:
+        """The factor on the base learning rate at a step."""
+        decay = max(0.0, 1 - step / self.steps) ** self.power
+        if step >= self.warmup_steps:
+            return decay
+        return decay * (1 - (1 - step / self.warmup_steps) * (1 - self.warmup_factor))
+
+    def build(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
+        return LambdaLR(optimizer, self)
