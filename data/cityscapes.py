@@ -1,0 +1,63 @@
+"""Cityscapes, fine annotations (Cordts et al., CVPR 2016): 19 classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data.classes import load_class_table
+from data.files import Place, Split, first_existing
+from data.module import SegmentationData, SplitName
+
+
+class Cityscapes(SegmentationData):
+    """`root` holds leftImg8bit/ and gtFine/, or the zips with these folders.
+
+    Labels are read from the `labelIds` files as distributed. The defaults are EDAFormer's recipe:
+    crops of 1024x1024, evaluation at 1024x2048 as the images are.
+    """
+
+    title = "Cityscapes"
+    table = load_class_table("cityscapes")
+    official_images = (2975, 500)
+    image_size_for_cost = (1024, 2048)
+    expected = (
+        "leftImg8bit/ or leftImg8bit_trainvaltest.zip, with {train,val}/<city>/*_leftImg8bit.png"
+        " (2975 and 500), and gtFine/ or gtFine_trainvaltest.zip, with as many"
+        " {train,val}/<city>/*_gtFine_labelIds.png"
+    )
+    how_to_get = (
+        "leftImg8bit_trainvaltest.zip (md5 0a6e97e94b616a514066c9e2adb0c97f) and"
+        " gtFine_trainvaltest.zip (md5 4237c19de34c8a376e9ba46b495d6f66) from"
+        " https://www.cityscapes-dataset.com/downloads (free registration)"
+    )
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        batch_size: int = 2,
+        crop_size: Sequence[int] = (1024, 1024),
+        train_scale: Sequence[int] = (2048, 1024),
+        eval_scale: Sequence[int] | None = None,
+        size_divisor: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            root,
+            batch_size=batch_size,
+            crop_size=crop_size,
+            train_scale=train_scale,
+            eval_scale=eval_scale,
+            size_divisor=size_divisor,
+            **options,
+        )
+
+    def find_split(self, split: SplitName) -> Split:
+        images, labels = (
+            first_existing([folder, Place(self.root / f"{name}_trainvaltest.zip", f"{name}/")])
+            or folder
+            for name, folder in ((n, Place(self.root / n)) for n in ("leftImg8bit", "gtFine"))
+        )
+        return self.pair(images / split, "_leftImg8bit.png", labels / split, "_gtFine_labelIds.png")

@@ -1,0 +1,70 @@
+"""The classes of each data set, and the one table that turns its raw label ids into train ids."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from segtrain.errors import UserError
+
+IGNORE_INDEX = 255
+# Stands in `raw_to_train` for raw ids that no file of the data set holds. No table has 254 classes.
+_NOT_ALLOWED = 254
+
+
+@dataclass(frozen=True, eq=False)
+class ClassTable:
+    """What a data set calls its classes and how its label files number them.
+
+    Attributes:
+        class_names: K names, in the order of the train ids 0..K-1.
+        palette: (K, 3) uint8 RGB.
+        raw_ids: the ids that label files may hold, in words.
+        raw_to_train: (256,) uint8, raw id -> train id or 255 (ignored).
+    """
+
+    class_names: tuple[str, ...]
+    palette: np.ndarray
+    raw_ids: str
+    raw_to_train: np.ndarray
+
+    def to_train_ids(self, raw: np.ndarray, where: str) -> np.ndarray:
+        """Turn a raw label map (H, W) uint8 into train ids (H, W) uint8.
+
+        Raises:
+            UserError: an id is outside the table; `where` names the file.
+        """
+        mask = self.raw_to_train[raw]
+        if (mask == _NOT_ALLOWED).any():
+            unknown = np.unique(raw[mask == _NOT_ALLOWED])
+            listed = ", ".join(map(str, unknown[:8])) + (", ..." if len(unknown) > 8 else "")
+            raise UserError(
+                f"{where}: label ids {listed} are outside the table; allowed are {self.raw_ids}."
+                " Put back the label files as distributed: already converted ones (shifted by one,"
+                " labelTrainIds) or those of another data set do not fit"
+            )
+        return mask
+
+    def for_converted_labels(self) -> ClassTable:
+        """The table for label files that hold train ids already."""
+        raw_to_train = np.full(256, _NOT_ALLOWED, dtype=np.uint8)
+        classes = len(self.class_names)
+        raw_to_train[:classes] = np.arange(classes)
+        raw_to_train[IGNORE_INDEX] = IGNORE_INDEX
+        raw_ids = f"0 to {classes - 1} and {IGNORE_INDEX} (converted labels)"
+        return replace(self, raw_ids=raw_ids, raw_to_train=raw_to_train)
+
+
+def load_class_table(name: str) -> ClassTable:
+    """The table in `classes/<name>.json`."""
+    content = json.loads(Path(__file__).with_name(f"{name}.json").read_text(encoding="utf-8"))
+    raw_to_train = [_NOT_ALLOWED if i is None else i for i in content["raw_to_train"]]
+    return ClassTable(
+        class_names=tuple(c["name"] for c in content["classes"]),
+        palette=np.array([c["color"] for c in content["classes"]], dtype=np.uint8),
+        raw_ids=content["raw_ids"],
+        raw_to_train=np.array(raw_to_train, dtype=np.uint8),
+    )

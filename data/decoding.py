@@ -1,0 +1,82 @@
+"""From the bytes of a file to pixels."""
+
+from __future__ import annotations
+
+import io
+
+import cv2
+import numpy as np
+import simplejpeg
+
+from segtrain.errors import UserError
+
+_JPEG_START = b"\xff\xd8"
+
+
+def decode_image(content: bytes, where: str) -> np.ndarray:
+    """Decode a JPEG or PNG to (H, W, 3) uint8 RGB. EXIF rotation is ignored: labels have none.
+
+    Raises:
+        UserError: the file is damaged; `where` names it.
+    """
+    if content.startswith(_JPEG_START):
+        try:
+            return simplejpeg.decode_jpeg(content, "RGB")
+        except ValueError as error:
+            if "Premature end" in str(error):
+                raise _damaged(where) from None
+            # Odd but complete files (unusual subsampling, stray bytes) are left to OpenCV.
+    image = _decode(content, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+    if image is None:
+        raise _damaged(where)
+    return image
+
+
+def decode_label(content: bytes, where: str) -> np.ndarray:
+    """Decode a label PNG to raw ids (H, W) uint8.
+
+    Raises:
+        UserError: the file is damaged or not one 8-bit channel; `where` names it.
+    """
+    label = _decode(content, cv2.IMREAD_UNCHANGED)
+    if label is None:
+        raise _damaged(where)
+    if label.ndim != 2 or label.dtype != np.uint8:
+        raise UserError(
+            f"{where}: a label file has one 8-bit channel, this one has shape {label.shape} of"
+            f" {label.dtype}. Is it a coloured copy? Use the label files as distributed"
+        )
+    return label
+
+
+def decode_matlab_label(content: bytes, where: str) -> np.ndarray:
+    """Decode the label map `S` of a COCO-Stuff 10k .mat file to the ids of the 164k PNGs.
+
+    A .mat file holds COCO ids with 0 = unlabelled, a PNG holds the COCO id minus one with
+    255 = unlabelled: one less in 8-bit arithmetic.
+
+    Returns:
+        (H, W) uint8.
+
+    Raises:
+        UserError: the file is damaged or has no `S`; `where` names it.
+    """
+    # Only this one data set needs SciPy, whose import is slow.
+    import scipy.io
+
+    try:
+        label = scipy.io.loadmat(io.BytesIO(content), variable_names=["S"])["S"]
+    except Exception as error:  # SciPy raises many kinds for damaged files
+        raise _damaged(where) from error
+    return label.astype(np.uint8) - np.uint8(1)
+
+
+def _decode(content: bytes, flags: int) -> np.ndarray | None:
+    """None where OpenCV finds no complete image."""
+    return cv2.imdecode(np.frombuffer(content, np.uint8), flags) if content else None
+
+
+def _damaged(where: str) -> UserError:
+    return UserError(
+        f"{where} is damaged or cut short: replace it by a fresh copy from the data set's archive"
+    )

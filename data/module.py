@@ -1,0 +1,280 @@
+"""What all data sets share: loaders, seeding, normalisation and the place in the stream."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DataLoader, Dataset
+
+from data.classes import IGNORE_INDEX, ClassTable
+from data.dataset import EvaluationImages, TrainingImages, collate_evaluation, load_label
+from data.files import Place, Split
+from data.loader import SegmentationLoader, automatic_workers, use_one_thread
+from data.sampling import EndlessBatchSampler, RankSampler
+from data.transforms import training_transform
+from segtrain.errors import UserError
+from segtrain.inference import IMAGE_MEAN, IMAGE_STD
+
+SplitName = Literal["train", "val"]
+
+
+class SegmentationData(lightning.LightningDataModule, ABC):
+    """Images and labels of one data set, as an endless training stream and an evaluation set.
+
+    A training batch is {"image": uint8 (B, H, W, 3) RGB, "mask": uint8 (B, H, W), "name": list of
+    str, "epoch": int64 (B,), "index": int64 (B,)}; an evaluation batch holds the resized image,
+    the mask at the original size, "name" and "index". On the device images become float32
+    (B, 3, H, W), normalised, in channels-last memory, and masks int64.
+
+    The defaults are EDAFormer's recipe for ADE20K and COCO-Stuff.
+
+    Args:
+        root: folder that holds the data set as distributed.
+        batch_size: training images per step and rank.
+        eval_batch_size: evaluation images per step and rank; more than 1 needs equal sizes.
+        workers: loading processes per rank; "auto" shares the cores out, at most 8 each.
+        crop_size: (height, width) of training crops.
+        train_scale: (long, short) side that training images are resized into, times a factor.
+        scale_range: lowest and highest factor.
+        cat_max_ratio: crops are redrawn while one class covers at least this share.
+        photometric: whether training colours are distorted.
+        eval_scale: (long, short) side that evaluation images are resized into; None keeps them.
+        size_divisor: evaluation images are resized up to multiples of it; None keeps them.
+        seed: of order and augmentation.
+        limit_train, limit_eval: use the first so many images only; None uses all.
+    """
+
+    ignore_index: int = IGNORE_INDEX
+    image_size_for_cost: tuple[int, int] = (512, 512)  # height, width
+    # What a data set says about itself: its name, classes, and files as distributed.
+    title: str
+    table: ClassTable
+    official_images: tuple[int, int]  # training, evaluation
+    expected: str
+    how_to_get: str
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        batch_size: int = 4,
+        eval_batch_size: int = 1,
+        workers: int | Literal["auto"] = "auto",
+        crop_size: Sequence[int] = (512, 512),
+        train_scale: Sequence[int] = (2048, 512),
+        scale_range: Sequence[float] = (0.5, 2.0),
+        cat_max_ratio: float = 0.75,
+        photometric: bool = True,
+        eval_scale: Sequence[int] | None = (2048, 512),
+        size_divisor: int | None = 32,
+        seed: int = 0,
+        limit_train: int | None = None,
+        limit_eval: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.root = Path(root)
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.workers = workers
+        self.crop_size = crop_size
+        self.train_scale = train_scale
+        self.scale_range = scale_range
+        self.cat_max_ratio = cat_max_ratio
+        self.photometric = photometric
+        self.eval_scale = eval_scale
+        self.size_divisor = size_divisor
+        self.seed = seed
+        self.limits: dict[SplitName, int | None] = {"train": limit_train, "val": limit_eval}
+        self._splits: dict[SplitName, Split] = {}
+        self._start = 0
+        self._start_step: int | None = None
+
+    @abstractmethod
+    def find_split(self, split: SplitName) -> Split:
+        """Find and pair the files of a split.
+
+        Raises:
+            UserError: they are missing or incomplete: what was expected, what was found, and how
+                to get it.
+        """
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.table.class_names
+
+    @property
+    def palette(self) -> np.ndarray:
+        """(K, 3) uint8 RGB."""
+        return self.table.palette
+
+    def check(self, splits: Sequence[SplitName] = ("train", "val")) -> None:
+        """Look whether the files are there, before anything expensive is built.
+
+        Raises:
+            UserError: see `find_split`.
+        """
+        for name in splits:
+            found = len(self._split(name).files)
+            official = self.official_images[("train", "val").index(name)]
+            if found != official:
+                rank_zero_warn(
+                    f"{self.title} {name}: {found} images in {self.root}, officially {official}"
+                )
+
+    def pair(
+        self,
+        images: Place,
+        image_suffix: str,
+        labels: Place,
+        label_suffix: str,
+        keep: Callable[[str], bool] = lambda stem: True,
+    ) -> Split:
+        """Pair the files of two places that end in these suffixes, for `find_split`.
+
+        Args:
+            keep: which stems (file names without the suffix) belong to the split.
+
+        Raises:
+            UserError: there are none, or some have no counterpart.
+        """
+        image_of, label_of = (
+            {stem: name for name in place.names(suffix) if keep(stem := name.removesuffix(suffix))}
+            for place, suffix in ((images, image_suffix), (labels, label_suffix))
+        )
+        found = (
+            f"{len(image_of)} {image_suffix} files in {images},"
+            f" {len(label_of)} {label_suffix} files in {labels}"
+        )
+        # Sorted lists of both are not simply zipped: one missing file would shift all pairs.
+        for alone, what in (
+            (image_of.keys() - label_of.keys(), "images have no label"),
+            (label_of.keys() - image_of.keys(), "labels have no image"),
+        ):
+            if alone:
+                raise self.missing(f"{found}; {len(alone)} {what}, the first is {min(alone)}")
+        if not image_of:
+            raise self.missing(found)
+        files = [(stem, image_of[stem], label_of[stem]) for stem in sorted(image_of)]
+        return Split(images, labels, files, self.table)
+
+    def missing(self, found: str) -> UserError:
+        """The one error for files that are not there."""
+        if not self.root.exists():
+            found = f"no folder {self.root}"
+        return UserError(
+            f"{self.title} is missing or incomplete in {self.root}\n"
+            f"  expected: {self.expected}\n"
+            f"  found: {found}\n"
+            f"  get it: {self.how_to_get}"
+        )
+
+    def _split(self, name: SplitName) -> Split:
+        if name not in self._splits:
+            self._splits[name] = self.find_split(name)
+        return self._splits[name]
+
+    def _limited_split(self, name: SplitName) -> Split:
+        split = self._split(name)
+        return replace(split, files=split.files[: self.limits[name]])
+
+    def class_counts(self) -> np.ndarray:
+        """(K,) labelled pixels of each class, over at most 2,000 evenly spaced training images."""
+        split = self._limited_split("train")
+        counts = np.zeros(256, dtype=np.int64)
+        for index in range(0, len(split.files), -(-len(split.files) // 2000)):
+            counts += np.bincount(load_label(split, index).ravel(), minlength=256)
+        return counts[: self.num_classes]
+
+    @property
+    def samples_seen(self) -> int:
+        """Training samples that all ranks together have consumed in optimiser steps so far."""
+        if self.trainer is None or self._start_step is None:
+            return self._start
+        steps = self.trainer.global_step - self._start_step
+        batches = steps * self.trainer.accumulate_grad_batches
+        return self._start + batches * self.batch_size * self.trainer.world_size
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"samples_seen": self.samples_seen}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._start = state_dict["samples_seen"]
+        self._start_step = None
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """An endless loader that starts behind the samples already seen."""
+        self._start = self.samples_seen
+        self._start_step = self.trainer.global_step if self.trainer else None
+        transform = training_transform(
+            self.crop_size,
+            self.train_scale,
+            self.scale_range,
+            self.cat_max_ratio,
+            self.photometric,
+        )
+        dataset = TrainingImages(self._limited_split("train"), transform, self.seed)
+        rank, world_size = self._rank_and_world_size()
+        batches = EndlessBatchSampler(
+            len(dataset),
+            self.batch_size,
+            seed=self.seed,
+            start=self._start,
+            rank=rank,
+            world_size=world_size,
+        )
+        return self._loader(dataset, batch_sampler=batches)
+
+    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Every evaluation image once, split over the ranks without padding.
+
+        Raises:
+            UserError: there are fewer images than ranks.
+        """
+        dataset = EvaluationImages(self._limited_split("val"), self.eval_scale, self.size_divisor)
+        rank, world_size = self._rank_and_world_size()
+        if len(dataset) < world_size:
+            # A rank without a batch would skip what the others then wait for.
+            raise UserError(
+                f"{len(dataset)} evaluation images cannot be shared by {world_size} processes:"
+                " use fewer trainer.devices or more images (data.limit_eval)"
+            )
+        return self._loader(
+            dataset,
+            batch_size=self.eval_batch_size,
+            sampler=RankSampler(len(dataset), rank=rank, world_size=world_size),
+            collate_fn=collate_evaluation,
+        )
+
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        image = batch["image"].permute(0, 3, 1, 2).float()  # keeps the memory: channels last
+        mean, std = (
+            image.new_tensor(values).view(1, 3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD)
+        )
+        return {**batch, "image": image.sub_(mean).div_(std), "mask": batch["mask"].long()}
+
+    def _rank_and_world_size(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _loader(self, dataset: Dataset[dict[str, Any]], **options: Any) -> SegmentationLoader:
+        ranks_here = self.trainer.num_devices if self.trainer else 1
+        workers = automatic_workers(ranks_here) if self.workers == "auto" else self.workers
+        return SegmentationLoader(
+            dataset,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=use_one_thread,
+            **options,
+        )

@@ -1,0 +1,235 @@
+"""Training and evaluation transforms: plain functions with thin albumentations classes around them.
+
+The training pipeline is the one that EDAFormer, SegFormer and SegFormer++ share (MMSegmentation's
+RandomResize, RandomCrop, RandomFlip, PhotoMetricDistortion, pad). Images are (H, W, 3) uint8 RGB,
+masks (H, W) uint8 train ids with 255 = ignored.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import albumentations as A
+import cv2
+import numpy as np
+
+from data.classes import IGNORE_INDEX
+from segtrain.inference import IMAGE_MEAN
+
+# Normalised to about 0.
+_PAD_COLOR = tuple(round(value) for value in IMAGE_MEAN)
+
+_REDRAWS = 10
+_ALL_VALUES = np.arange(256, dtype=np.float32)
+
+
+def training_transform(
+    crop_size: Sequence[int],
+    scale: Sequence[int],
+    scale_range: Sequence[float],
+    cat_max_ratio: float,
+    photometric: bool,
+) -> A.Compose:
+    """Random resize, random crop, flip, photometric distortion and padding to the crop size.
+
+    Args:
+        crop_size: (height, width) of the result.
+        scale: (long, short) side that the image is resized into, times a factor from ...
+        scale_range: (lowest, highest) factor.
+        cat_max_ratio: a crop is redrawn while one class covers at least this share of it.
+        photometric: whether colours are distorted.
+    """
+    height, width = crop_size
+    steps = [
+        RandomResize(scale, scale_range),
+        RandomCrop(crop_size, cat_max_ratio),
+        A.HorizontalFlip(p=0.5),
+        *([PhotometricDistortion()] if photometric else []),
+        A.PadIfNeeded(
+            min_height=height,
+            min_width=width,
+            position="top_left",  # where the content stays
+            border_mode=cv2.BORDER_CONSTANT,
+            fill=_PAD_COLOR,
+            fill_mask=IGNORE_INDEX,
+        ),
+    ]
+    return A.Compose(steps)
+
+
+def seed_transform(transform: A.Compose, seed: int, epoch: int, index: int) -> None:
+    """Make the next call draw what belongs to sample `index` of `epoch`, in whatever process.
+
+    By itself albumentations 2.0.8 draws the same numbers in every DataLoader worker, and with
+    `seed=` it gives every transform of the pipeline the same ones.
+    """
+    sequence = np.random.SeedSequence([seed, epoch, index])
+    generator = np.random.Generator(np.random.PCG64(sequence))
+    transform.set_random_state(generator, random.Random(int(sequence.generate_state(1)[0])))
+
+
+def keep_ratio_size(size: Sequence[int], scale: Sequence[int]) -> tuple[int, int]:
+    """The largest (height, width) of the same shape as `size` within (long, short) = `scale`."""
+    height, width = size
+    factor = min(max(scale) / max(height, width), min(scale) / min(height, width))
+    return int(height * factor + 0.5), int(width * factor + 0.5)
+
+
+def resize_for_evaluation(
+    image: np.ndarray, scale: Sequence[int] | None, size_divisor: int | None
+) -> np.ndarray:
+    """Resize an image (H, W, 3) keeping its shape, then both sides up to multiples of a number.
+
+    EDAFormer's test pipeline resizes twice, e.g. 333x500 -> 512x769 -> 512x800.
+
+    Args:
+        scale: (long, short) side to fit into; None leaves the image as it is.
+        size_divisor: of the second resize; None skips it.
+    """
+    if scale is not None:
+        image = _resize(image, keep_ratio_size(image.shape[:2], scale), cv2.INTER_LINEAR)
+    if size_divisor is not None:
+        height, width = (-(-side // size_divisor) * size_divisor for side in image.shape[:2])
+        image = _resize(image, (height, width), cv2.INTER_LINEAR)
+    return image
+
+
+def one_class_dominates(mask: np.ndarray, cat_max_ratio: float) -> bool:
+    """Whether one class covers at least `cat_max_ratio` of the pixels that are not ignored.
+
+    A mask with one class only, or with none, counts as dominated.
+    """
+    counts = np.bincount(mask.ravel(), minlength=256)[:IGNORE_INDEX]
+    return bool(counts.max() >= cat_max_ratio * counts.sum() or np.count_nonzero(counts) <= 1)
+
+
+def scale_and_shift(values: np.ndarray, gain: float, offset: float) -> np.ndarray:
+    """uint8 -> gain * value + offset, clipped to 0..255 and truncated to uint8."""
+    table = np.clip(_ALL_VALUES * np.float32(gain) + np.float32(offset), 0, 255)
+    return cv2.LUT(values, table.astype(np.uint8))
+
+
+def scale_saturation(image: np.ndarray, gain: float) -> np.ndarray:
+    hue, saturation, value = cv2.split(cv2.cvtColor(image, cv2.COLOR_RGB2HSV))
+    saturation = scale_and_shift(saturation, gain, 0)
+    return cv2.cvtColor(cv2.merge((hue, saturation, value)), cv2.COLOR_HSV2RGB)
+
+
+def shift_hue(image: np.ndarray, steps: int) -> np.ndarray:
+    """Turn the hue by `steps` of 2 degrees each (OpenCV keeps hues as 0..179)."""
+    hue, saturation, value = cv2.split(cv2.cvtColor(image, cv2.COLOR_RGB2HSV))
+    hue = cv2.LUT(hue, ((np.arange(256) + steps) % 180).astype(np.uint8))
+    return cv2.cvtColor(cv2.merge((hue, saturation, value)), cv2.COLOR_HSV2RGB)
+
+
+def _resize(array: np.ndarray, size: tuple[int, int], interpolation: int) -> np.ndarray:
+    height, width = size
+    if array.shape[:2] == size:
+        return array
+    return cv2.resize(array, (width, height), interpolation=interpolation)
+
+
+class RandomResize(A.DualTransform):
+    """Resize, keeping the shape, into `scale` times a factor drawn evenly from `scale_range`."""
+
+    def __init__(self, scale: Sequence[int], scale_range: Sequence[float]) -> None:
+        super().__init__(p=1.0)
+        self.scale = scale
+        self.scale_range = scale_range
+
+    def get_params_dependent_on_data(
+        self, params: dict[str, Any], data: dict[str, Any]
+    ) -> dict[str, Any]:
+        factor = self.random_generator.uniform(*self.scale_range)
+        scale = [int(side * factor) for side in self.scale]
+        return {"size": keep_ratio_size(params["shape"][:2], scale)}
+
+    def apply(self, img: np.ndarray, size: tuple[int, int], **params: Any) -> np.ndarray:
+        return _resize(img, size, cv2.INTER_LINEAR)
+
+    def apply_to_mask(self, mask: np.ndarray, size: tuple[int, int], **params: Any) -> np.ndarray:
+        return _resize(mask, size, cv2.INTER_NEAREST)
+
+
+class RandomCrop(A.DualTransform):
+    """Crop a random window, redrawn up to 10 times while one class dominates it.
+
+    An image smaller than the window in one direction is kept whole in that direction.
+    """
+
+    def __init__(self, crop_size: Sequence[int], cat_max_ratio: float) -> None:
+        super().__init__(p=1.0)
+        self.crop_size = crop_size
+        self.cat_max_ratio = cat_max_ratio
+
+    @property
+    def targets_as_params(self) -> list[str]:
+        return ["mask"]
+
+    def get_params_dependent_on_data(
+        self, params: dict[str, Any], data: dict[str, Any]
+    ) -> dict[str, Any]:
+        mask = data["mask"]
+        window = self._draw_window(mask.shape)
+        if self.cat_max_ratio < 1:
+            for _ in range(_REDRAWS):
+                if not one_class_dominates(mask[window], self.cat_max_ratio):
+                    break
+                window = self._draw_window(mask.shape)
+        return {"window": window}
+
+    def _draw_window(self, shape: tuple[int, ...]) -> tuple[slice, slice]:
+        top, left = (
+            int(self.random_generator.integers(max(side - crop, 0) + 1))
+            for side, crop in zip(shape, self.crop_size, strict=True)
+        )
+        return slice(top, top + self.crop_size[0]), slice(left, left + self.crop_size[1])
+
+    def apply(self, img: np.ndarray, window: tuple[slice, slice], **params: Any) -> np.ndarray:
+        return img[window]
+
+
+class PhotometricDistortion(A.ImageOnlyTransform):
+    """Brightness, contrast, saturation and hue, each with probability one half.
+
+    Brightness +-32 and gains of 0.5 to 1.5 on uint8, clipped and truncated after every step;
+    hue +-18 of OpenCV's 180 steps. Contrast comes second or last, by a coin. This is SSD's
+    distortion (Liu et al., 2016) as MMSegmentation has it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(p=1.0)
+
+    def get_params(self) -> dict[str, Any]:
+        draw = self.random_generator
+        return {
+            "brightness": draw.uniform(-32, 32) if draw.random() < 0.5 else None,
+            "contrast": draw.uniform(0.5, 1.5) if draw.random() < 0.5 else None,
+            "contrast_last": draw.random() < 0.5,
+            "saturation": draw.uniform(0.5, 1.5) if draw.random() < 0.5 else None,
+            "hue": int(draw.integers(-18, 18)) if draw.random() < 0.5 else None,
+        }
+
+    def apply(
+        self,
+        img: np.ndarray,
+        brightness: float | None,
+        contrast: float | None,
+        contrast_last: bool,
+        saturation: float | None,
+        hue: int | None,
+        **params: Any,
+    ) -> np.ndarray:
+        if brightness is not None:
+            img = scale_and_shift(img, 1, brightness)
+        if contrast is not None and not contrast_last:
+            img = scale_and_shift(img, contrast, 0)
+        if saturation is not None:
+            img = scale_saturation(img, saturation)
+        if hue is not None:
+            img = shift_hue(img, hue)
+        if contrast is not None and contrast_last:
+            img = scale_and_shift(img, contrast, 0)
+        return img
