@@ -64,7 +64,7 @@ def fails(in_folder, capsys):
 def start(in_folder):
     """Start the command line, or a script that drives it, in a process of its own."""
 
-    def run(*arguments, script="train.py", check=True, **environment):
+    def run(*arguments, script="train.py", check=True, timeout=280, **environment):
         path = ROOT / script if script == "train.py" else in_folder / script
         return subprocess.run(
             [sys.executable, str(path), *arguments],
@@ -73,7 +73,7 @@ def start(in_folder):
             capture_output=True,
             text=True,
             check=check,
-            timeout=280,
+            timeout=timeout,
         )
 
     return run
