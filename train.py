@@ -67,7 +67,7 @@ def run(composed: ComposedConfig) -> None:
     quiet_libraries()
 
     data_module = create_data_module(**config["data"])
-    data_module.check()
+    data_module.check(["val"] if config["task"] == "validate" else ["train", "val"])
     torch.set_float32_matmul_precision(config["matmul_precision"])
     seed_everything(config["seed"], workers=True, verbose=False)
     module = build_module(config, data_module)
@@ -169,7 +169,9 @@ def build_module(config: dict[str, Any], data_module: SegmentationData) -> Segme
             load_weights(network, config[key])
     criterion = dict(config["criterion"])
     class_weights = criterion["class_weights"]
-    if class_weights == "balanced":
+    if config["task"] == "validate":
+        criterion["class_weights"] = None  # nothing is trained, and training labels may be absent
+    elif class_weights == "balanced":
         criterion["class_weights"] = balanced_weights(torch.from_numpy(data_module.class_counts()))
     elif class_weights is not None and len(class_weights) != network.num_classes:
         raise UserError(

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,18 @@ def test_a_checkpoint_scores_the_same_when_it_is_validated(finished, in_folder):
     assert train.main(arguments) == 0
     scored = {row["setting"]: row["mIoU"] for row in rows("runs/scored")}
     assert scored == {row["setting"]: row["mIoU"] for row in rows(finished) if row["step"] == 4}
+
+
+def test_validation_needs_no_training_data(finished, small, in_folder):
+    rendered = Path(small[0].removeprefix("data.root=")) / "cityscapes-64x128-24-5-v1"
+    for kind in ("leftImg8bit", "gtFine"):
+        shutil.copytree(rendered / kind / "val", in_folder / "city" / kind / "val")
+    rendering = ("data.train_images", "data.eval_images", "data.image_size", "criterion")
+    arguments = [argument for argument in small if not argument.startswith(rendering)]
+    arguments += ["data=cityscapes", "data.root=city", "criterion.class_weights=balanced"]
+    checkpoint = f"weights={finished}/checkpoints/last.ckpt"
+    assert train.main([*arguments, "task=validate", checkpoint, "name=scored"]) == 0
+    assert rows("runs/scored")[0]["mIoU"] == rows(finished)[6]["mIoU"]
 
 
 def test_a_killed_run_goes_on_with_the_samples_it_has_not_seen(small, start, in_folder):
