@@ -25,7 +25,7 @@ from segtrain.networks.blocks import (
 )
 from segtrain.networks.network import Network
 from segtrain.networks.registry import register_network
-from segtrain.reduction import Setting, pool_tokens
+from segtrain.reduction import Setting, pool_grid
 
 #: A pool that is clamped to the whole grid.
 BEYOND_ANY_GRID = 2**16
@@ -72,7 +72,8 @@ class EmbeddingFreeAttention(nn.Module):
 
     def forward(self, tokens: Tensor, grid: Grid, pool: int) -> Tensor:
         """(B, h*w, C) -> (B, h*w, C)."""
-        pooled = tokens_from_grid(self.reduction(pool_tokens(tokens, grid, pool)))
+        pooled = pool_grid(grid_from_tokens(tokens, grid), pool)
+        pooled = tokens_from_grid(self.reduction(pooled))
         if self.norm is not None:
             pooled = F.gelu(self.norm(pooled))
         keys = split_heads(pooled, self.num_heads)
@@ -310,7 +311,7 @@ def initialise(module: nn.Module) -> None:
 
 @register_network
 def edaformer_nano(num_classes: int, **arguments: Any) -> EDAFormer:
-    """Ours, for images of a few hundred pixels: half of EDAFormer-T's width, finer keys."""
+    """Ours, for images of a few hundred pixels: narrower, shallower, with finer keys."""
     published: dict[str, Any] = {
         "widths": (24, 48, 64, 96),
         "depths": (1, 1, 2, 1),

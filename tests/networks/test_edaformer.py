@@ -149,10 +149,12 @@ def test_a_setting_that_does_not_fit_is_refused(network, setting, message):
 @torch.inference_mode()
 def test_pools_beyond_the_grid_are_clamped(network):
     images = torch.randn(1, 3, 32, 64)
-    with network.using({"encoder": [8, 4, 2, 2], "decoder": [2, 2, 4]}):
-        clamped = network(images)
+    with network.using({"encoder": [16, 8, 4, 2], "decoder": [2, 4, 8]}):
+        whole_grids = network(images)
     with network.using(InferenceSpatialReduction("huge", (99, 99, 99, 99), (99, 99, 99))):
-        assert network(images).shape == clamped.shape
+        torch.testing.assert_close(network(images), whole_grids)
+    with network.using({"encoder": [8, 4, 2, 1], "decoder": [1, 2, 4]}):
+        assert not torch.allclose(network(images), whole_grids)
 
 
 @torch.inference_mode()
