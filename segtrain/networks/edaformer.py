@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
 from torch import Tensor, nn
 
 from segtrain.errors import UserError
@@ -22,6 +21,13 @@ from segtrain.networks.blocks import (
     resize,
     split_heads,
     tokens_from_grid,
+)
+from segtrain.networks.hierarchy import (
+    EMBEDDINGS,
+    Block,
+    HierarchicalEncoder,
+    Stage,
+    drop_path_rates,
 )
 from segtrain.networks.network import Network
 from segtrain.networks.registry import register_network
@@ -81,83 +87,42 @@ class EmbeddingFreeAttention(nn.Module):
         return self.projection(merge_heads(attended))
 
 
-class Block(nn.Module):
-    """Pre-norm residual block of attention and MLP; one drop path serves both branches."""
-
-    def __init__(
-        self,
-        width: int,
-        num_heads: int,
-        mlp_ratio: float,
-        drop_path: float,
-        *,
-        decoder: bool = False,
-    ) -> None:
-        super().__init__()
-        eps = 1e-5 if decoder else 1e-6
-        self.norm1 = nn.LayerNorm(width, eps=eps)
-        self.attention = EmbeddingFreeAttention(width, num_heads, normalise_keys=decoder)
-        self.norm2 = nn.LayerNorm(width, eps=eps)
-        self.mlp = DepthwiseMLP(width, int(width * mlp_ratio), activate_before=not decoder)
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, tokens: Tensor, grid: Grid, pool: int) -> Tensor:
-        tokens = tokens + self.drop_path(self.attention(self.norm1(tokens), grid, pool))
-        return tokens + self.drop_path(self.mlp(self.norm2(tokens), grid))
+def make_block(
+    width: int, num_heads: int, mlp_ratio: float, drop_path: float, *, decoder: bool = False
+) -> Block:
+    """A block of the encoder or of the decoder, which differ in details."""
+    return Block(
+        width,
+        EmbeddingFreeAttention(width, num_heads, normalise_keys=decoder),
+        DepthwiseMLP(width, int(width * mlp_ratio), activate_before=not decoder),
+        drop_path,
+        eps=1e-5 if decoder else 1e-6,
+    )
 
 
-class Stage(nn.Module):
-    """Patch embedding, blocks and a norm: (B, C_in, H, W) -> (B, C, h, w)."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        width: int,
-        num_heads: int,
-        mlp_ratio: float,
-        drop_paths: Sequence[float],
-        *,
-        first: bool,
-    ) -> None:
-        super().__init__()
-        kernel, stride = (7, 4) if first else (3, 2)
-        self.embedding = OverlappingPatchEmbedding(in_channels, width, kernel, stride, eps=1e-5)
-        self.blocks = nn.ModuleList(Block(width, num_heads, mlp_ratio, p) for p in drop_paths)
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-
-    def forward(self, features: Tensor, pool: int) -> Tensor:
-        tokens, grid = self.embedding(features)
-        for block in self.blocks:
-            tokens = block(tokens, grid, pool)
-        return grid_from_tokens(self.norm(tokens), grid)
-
-
-class Encoder(nn.Module):
-    """The embedding-free transformer (EFT): feature maps at strides 4, 8, 16 and 32."""
-
-    def __init__(
-        self,
-        widths: Sequence[int],
-        depths: Sequence[int],
-        num_heads: Sequence[int],
-        mlp_ratio: float,
-        drop_path: float,
-    ) -> None:
-        super().__init__()
-        rates = torch.linspace(0, drop_path, sum(depths)).split(list(depths))
-        self.stages = nn.ModuleList(
-            Stage(before, width, heads, mlp_ratio, rate.tolist(), first=before == 3)
-            for before, width, heads, rate in zip(
-                (3, *widths[:-1]), widths, num_heads, rates, strict=True
-            )
+def make_encoder(
+    widths: Sequence[int],
+    depths: Sequence[int],
+    num_heads: Sequence[int],
+    mlp_ratio: float,
+    drop_path: float,
+) -> HierarchicalEncoder:
+    """The embedding-free transformer (EFT)."""
+    return HierarchicalEncoder(
+        Stage(
+            OverlappingPatchEmbedding(before, width, kernel, stride, 1e-5),
+            [make_block(width, heads, mlp_ratio, rate) for rate in rates],
+            nn.LayerNorm(width, eps=1e-6),
         )
-
-    def forward(self, images: Tensor, pools: Sequence[int]) -> list[Tensor]:
-        features = []
-        for stage, pool in zip(self.stages, pools, strict=True):
-            images = stage(images, pool)
-            features.append(images)
-        return features
+        for before, width, heads, (kernel, stride), rates in zip(
+            (3, *widths[:-1]),
+            widths,
+            num_heads,
+            EMBEDDINGS,
+            drop_path_rates(drop_path, depths),
+            strict=True,
+        )
+    )
 
 
 class Decoder(nn.Module):
@@ -180,7 +145,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.levels = nn.ModuleList(
             nn.ModuleList(
-                Block(width, heads, mlp_ratio, drop_path, decoder=True) for _ in range(depth)
+                make_block(width, heads, mlp_ratio, drop_path, decoder=True) for _ in range(depth)
             )
             for width, heads, depth in zip(widths, num_heads, (3, 2, 1), strict=True)
         )
@@ -243,7 +208,7 @@ class EDAFormer(Network):
         dropout: float = 0.1,
     ) -> None:
         super().__init__(num_classes, 8, published_settings(encoder_pools, decoder_pools))
-        self.encoder = Encoder(widths, depths, num_heads, mlp_ratio, drop_path)
+        self.encoder = make_encoder(widths, depths, num_heads, mlp_ratio, drop_path)
         self.decoder = Decoder(
             num_classes,
             widths[:0:-1],
