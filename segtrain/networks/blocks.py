@@ -51,7 +51,9 @@ class DepthwiseMLP(nn.Module):
 
 def grid_from_tokens(tokens: Tensor, grid: Grid) -> Tensor:
     """(B, h*w, C) -> (B, C, h, w), a view."""
-    return tokens.transpose(1, 2).unflatten(2, grid)
+    # Transposing first would leave a lone image a stride by which convolutions do not see that the
+    # channels come last, and copy it.
+    return tokens.unflatten(1, grid).permute(0, 3, 1, 2)
 
 
 def tokens_from_grid(features: Tensor) -> Tensor:
