@@ -27,6 +27,9 @@ class Network(nn.Module):
     setting_type: ClassVar[type[Setting]] = Setting
     #: Whether the cost of a setting depends on what the image shows.
     data_dependent: ClassVar[bool] = False
+    #: Whether to compute the way the authors' code does, where ours gives the same scores with
+    #: fewer operations; to count theirs.
+    as_published: bool = False
 
     def __init__(
         self, num_classes: int, stride: int, settings: Sequence[Setting] = (Setting("full"),)
@@ -71,6 +74,15 @@ class Network(nn.Module):
 
     def check_setting(self, setting: Setting) -> None:
         """Raise UserError if a setting does not fit this network's layers."""
+
+    def train_under(self, setting: str | Setting | Mapping[str, Any]) -> None:
+        """Make a setting the training setting, and the current one.
+
+        Raises:
+            UserError: there is no such setting, or it does not fit.
+        """
+        self.setting = self.resolve_setting(setting)
+        self.settings = {self.setting.name: self.setting} | self.settings
 
     @contextmanager
     def using(self, setting: str | Setting | Mapping[str, Any]) -> Iterator[Setting]:

@@ -7,7 +7,7 @@ import functools
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,23 +37,34 @@ def list_networks(pattern: str = "*") -> list[str]:
     return sorted(fnmatch.filter(_constructors, pattern))
 
 
-def create_network(name: str, num_classes: int, **arguments: Any) -> Network:
+def create_network(
+    name: str,
+    num_classes: int,
+    training_setting: str | Mapping[str, Any] | None = None,
+    **arguments: Any,
+) -> Network:
     """Build a network with freshly initialised weights.
 
     Args:
         name: one of ``list_networks()``.
         num_classes: number of classes that the network scores.
+        training_setting: name or plain values of the setting under which the weights are trained;
+            the network's own choice if None.
         arguments: what the network's constructor takes; the defaults are the published values.
 
     Raises:
-        UserError: there is no network of that name, or it takes no such argument.
+        UserError: there is no network of that name, or it takes no such argument or setting.
     """
     names = list_networks()
     if name not in names:
         raise UserError(f"there is no network '{name}': {did_you_mean(name, names)}")
     constructor = _constructors[name]
-    check_arguments(f"network '{name}'", arguments, _accepted_arguments(constructor))
-    return constructor(num_classes=num_classes, **arguments)
+    accepted = [*_accepted_arguments(constructor), "training_setting"]
+    check_arguments(f"network '{name}'", arguments, accepted)
+    network = constructor(num_classes=num_classes, **arguments)
+    if training_setting is not None:
+        network.train_under(training_setting)
+    return network
 
 
 def _accepted_arguments(constructor: Callable[..., Network]) -> list[str]:

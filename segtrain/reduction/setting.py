@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from segtrain.errors import UserError, did_you_mean
 
@@ -16,6 +16,9 @@ class Setting:
     A network with a reduction subclasses it with the fields of that reduction; a network without
     one has the single setting ``Setting("full")``.
     """
+
+    #: What else ``from_values`` of a subclass takes, and turns into fields.
+    shorthands: ClassVar[tuple[str, ...]] = ()
 
     name: str
 
@@ -37,11 +40,15 @@ class Setting:
         Raises:
             UserError: a field is missing or unknown, or holds what the reduction does not take.
         """
-        fields = [field.name for field in dataclasses.fields(cls) if field.name != "name"]
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+        fields = [name for name in defaults if name != "name"]
         for key in values:
-            if key not in fields and key != "name":
-                raise UserError(f"a setting has no field '{key}': {did_you_mean(key, fields)}")
-        missing = [field for field in fields if field not in values]
+            if key not in defaults:
+                suggestion = did_you_mean(key, [*fields, *cls.shorthands])
+                raise UserError(f"a setting has no field '{key}': {suggestion}")
+        missing = [
+            name for name in fields if name not in values and defaults[name] is dataclasses.MISSING
+        ]
         if missing:
             raise UserError(f"a setting needs {', '.join(fields)}: {', '.join(missing)} is missing")
         plain: dict[str, Any] = {
