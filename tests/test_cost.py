@@ -90,6 +90,61 @@ def test_counts_of_the_authors_code(networks, convention, size, data):
     assert counts == sorted(counts, reverse=True)
 
 
+# GFLOPs of SegFormer's table 1, which are multiply-accumulates: at 512x512 (B5: 640x640), and at
+# 1024x2048, where the authors counted a head for 150 classes, too.
+SEGFORMER = {
+    "segformer_b0": (8.4, 125.5),
+    "segformer_b1": (15.9, 243.7),
+    "segformer_b2": (62.4, 717.1),
+    "segformer_b3": (79.0, 962.9),
+    "segformer_b4": (95.7, 1240.6),
+    "segformer_b5": (183.3, 1460.4),
+}
+
+
+@pytest.mark.parametrize("name", SEGFORMER)
+def test_published_table_of_segformer_to_the_printed_digit(name):
+    with torch.device("meta"):
+        network = create_network(name, 150, head="nvlabs")
+    small = 640 if name == "segformer_b5" else 512
+    counts = [giga(network, size, "full", "mmcv_1.2") for size in ((small, small), (1024, 2048))]
+    assert tuple(round(count, 1) for count in counts) == SEGFORMER[name]
+
+
+# Half of torch's FlopCounterMode of the official SegFormer++, 19 classes:
+# full, bsm_hq, bsm_fast, n2d_2x2, downsample.
+SEGFORMERPP = {
+    ("segformer_b0", (512, 512)): (7.8, 7.1, 6.8, 6.8, 1.8),
+    ("segformer_b0", (1024, 2048)): (121.0, 78.4, 61.2, 69.2, 17.8),
+    ("segformer_b2", (640, 640)): (42.7, 34.6, 32.1, 32.5, 8.9),
+    ("segformer_b2", (1024, 1024)): (147.2, 102.7, 87.1, 92.7, 25.1),
+    ("segformer_b5", (640, 640)): (125.0, 97.7, 92.2, 94.7, 26.6),
+    ("segformer_b5", (1024, 1024)): (418.8, 284.1, 253.8, 267.2, 74.3),
+    ("segformer_b5", (1024, 2048)): (1161.9, 679.3, 565.5, 615.5, 168.9),
+}
+
+
+@pytest.mark.parametrize(("name", "size"), SEGFORMERPP)
+def test_merged_tokens_cost_what_the_official_code_costs(name, size):
+    with torch.device("meta"):
+        network = create_network(name, 19)
+    settings = ("full", "bsm_hq", "bsm_fast", "n2d_2x2", "downsample")
+    counts = [giga(network, size, setting, "official") for setting in settings]
+    assert tuple(round(count, 1) for count in counts) == SEGFORMERPP[name, size]
+
+
+@pytest.mark.parametrize("head", ["mmseg", "nvlabs"])
+def test_what_fusing_before_the_resize_saves(head):
+    with torch.device("meta"):
+        network = create_network("segformer_b5", 19, head=head)
+    size, pixels, width = (1024, 1024), 256 * 256, network.head_width
+    saved = giga(network, size, "full", "official") - giga(network, size, "full", "macs")
+    instead = sum(pixels // 4**level for level in range(4)) * width**2  # at their own resolutions
+    if head == "nvlabs":  # one matrix for a level's two, which is made for each pass, with its bias
+        instead = (sum(network.widths) + 4) * width**2
+    assert saved == pytest.approx((4 * pixels * width**2 - instead) / 1e9, rel=1e-6)
+
+
 class Wrapped(Network):
     """A few layers as a network: whatever is called, of an image (B, 3, H, W)."""
 

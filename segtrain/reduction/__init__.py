@@ -2,5 +2,6 @@
 
 from segtrain.reduction.pooling import pool_grid
 from segtrain.reduction.setting import Setting
+from segtrain.reduction.staged import MERGING, StagedReduction, StageMerging
 
-__all__ = ["Setting", "pool_grid"]
+__all__ = ["MERGING", "Setting", "StageMerging", "StagedReduction", "pool_grid"]
