@@ -150,6 +150,7 @@ def quiet_libraries() -> None:
 def build_module(config: dict[str, Any], data_module: SegmentationData) -> SegmentationModule:
     """The network with its weights, and all that trains it."""
     import torch
+    from lightning.pytorch.utilities import rank_zero_warn
 
     from segtrain import create_network, load_weights
     from segtrain.inference import Inference
@@ -166,7 +167,8 @@ def build_module(config: dict[str, Any], data_module: SegmentationData) -> Segme
         load_weights(network, config["encoder_weights"], backbone_only=True)
     for key in ("weights", "ckpt"):
         if config[key] is not None:
-            load_weights(network, config[key])
+            for note in load_weights(network, config[key]).notes:
+                rank_zero_warn(note)
     criterion = dict(config["criterion"])
     class_weights = criterion["class_weights"]
     if config["task"] == "validate":

@@ -6,11 +6,20 @@ import functools
 import importlib
 import pkgutil
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
+
+#: What the names of a network's encoder begin with.
+ENCODER = "encoder."
+
+
+def no_arguments(_: Mapping[str, Any]) -> dict[str, Any]:
+    """Tell nothing of what a network is created with."""
+    return {}
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,16 @@ class KeyTable:
         unused: modules in their files that play no part in the network.
         encoder_prefix: what precedes the encoder's names in segmentation files and is absent from
             ImageNet files.
+        convert: applied to a file's weights before they are renamed, where one parameter of theirs
+            is several of ours or the reverse.
+        read_arguments: from weights by our names, of the whole network or of the encoder, to what
+            ``create_network`` builds their network with: ``name`` and the arguments that are not
+            its defaults (``...`` for one whose value the weights do not tell). Empty if unclear.
+        traceless: arguments of the network, kept as its attributes, that weights do not tell ->
+            the origin's values.
+        model_type: the origin's name for the network in the ``config.json`` of a folder.
+        read_config: from such a file's content to further traceless arguments. Raises UserError
+            if it describes a network that ours cannot be.
     """
 
     origin: str
@@ -34,6 +53,11 @@ class KeyTable:
     modules: Mapping[str, str]
     unused: tuple[str, ...] = ()
     encoder_prefix: str = ""
+    convert: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict
+    read_arguments: Callable[[Mapping[str, Tensor]], dict[str, Any]] = no_arguments
+    traceless: Mapping[str, Any] = field(default_factory=dict)
+    model_type: str = ""
+    read_config: Callable[[Mapping[str, Any]], dict[str, Any]] = no_arguments
 
     def rename(self, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """The weights by our names, and the names that the table does not know.
@@ -43,7 +67,7 @@ class KeyTable:
         segmentation = any(key.startswith(self.encoder_prefix) for key in weights)
         prefix = "" if segmentation else self.encoder_prefix
         named, unknown = {}, []
-        for key, value in weights.items():
+        for key, value in self.convert(weights).items():
             module, _, parameter = f"{prefix}{key}".rpartition(".")
             ours = self._translate(module)
             if ours is not None:
@@ -51,6 +75,12 @@ class KeyTable:
             elif module not in self.unused:
                 unknown.append(key)
         return named, unknown
+
+    def encoder_gaps(self, named: Mapping[str, Tensor]) -> int:
+        """How many of the table's encoder modules have no weight among those by our names."""
+        modules = {name.rpartition(".")[0] for name in named}
+        ours = {name for name in self.modules.values() if name.startswith(ENCODER)}
+        return sum(not any(map(_pattern(name).fullmatch, modules)) for name in ours)
 
     def _translate(self, module: str) -> str | None:
         for pattern, template in self._patterns:
@@ -62,9 +92,12 @@ class KeyTable:
     @functools.cached_property
     def _patterns(self) -> list[tuple[re.Pattern[str], str]]:
         return [
-            (re.compile(re.escape(theirs).replace(r"\*", r"(\d+)")), ours.replace("*", "{}"))
-            for theirs, ours in self.modules.items()
+            (_pattern(theirs), ours.replace("*", "{}")) for theirs, ours in self.modules.items()
         ]
+
+
+def _pattern(module: str) -> re.Pattern[str]:
+    return re.compile(re.escape(module).replace(r"\*", r"(\d+)"))
 
 
 @functools.cache

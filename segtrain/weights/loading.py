@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from segtrain.errors import UserError
 from segtrain.networks import Network
-from segtrain.weights.keys import KeyTable, key_tables
-from segtrain.weights.readers import read_weights
-
-ENCODER = "encoder."
+from segtrain.weights.keys import ENCODER, KeyTable, key_tables, no_arguments
+from segtrain.weights.readers import read_config, read_weights
 
 Shape = tuple[int, ...]
 
@@ -28,6 +27,7 @@ class LoadReport:
         missing: those that the file does not have.
         unexpected: names in the file that mean nothing to the network.
         reshaped: (our name, shape in the file, shape in the network) where the shapes differ.
+        notes: what keeps the network from computing exactly what the origin's does.
     """
 
     origin: str
@@ -35,6 +35,7 @@ class LoadReport:
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     reshaped: tuple[tuple[str, Shape, Shape], ...]
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         parts = [f"{len(self.matched)} loaded"]
@@ -45,7 +46,7 @@ class LoadReport:
         if self.reshaped:
             shapes = [f"{name} {file} for {network}" for name, file, network in self.reshaped]
             parts.append(f"{len(self.reshaped)} of another shape ({_some(shapes)})")
-        return f"names of {self.origin}: {', '.join(parts)}"
+        return "; ".join([f"names of {self.origin}: {', '.join(parts)}", *self.notes])
 
 
 def load_weights(
@@ -55,68 +56,179 @@ def load_weights(
 
     Args:
         network: left as it was if anything is raised.
-        path: a safetensors file, or one written by ``torch.save``.
+        path: a safetensors file, one written by ``torch.save``, or a Hugging Face folder.
         strict: every parameter of the network must be in the file, and the reverse. If False,
             what fits is loaded and the report tells the rest.
-        backbone_only: load the encoder alone, as from an ImageNet checkpoint; whatever else is in
-            the file is left there.
+        backbone_only: load the encoder alone, as from an ImageNet checkpoint; what is in the file
+            beside an encoder is left there.
 
     Raises:
         UserError: the file cannot be read safely, or does not fit.
     """
     path = Path(path)
+    demanded = _read_folder_config(network, path) if path.is_dir() else {}
     weights = read_weights(path)
+    table, named, unknown = _our_names(weights, network)
+    if not named or (table and table.network != _module(network)):
+        raise UserError(f"weights {path}: {_foreign(network, table, weights, named)}")
     own = network.state_dict()
-    table, named, unexpected = _our_names(weights, own)
-    foreign = table is not None and table.network != type(network).__module__.rpartition(".")[2]
-    if foreign or not named:
-        raise UserError(
-            f"weights {path}: {f'of {table.origin}' if table else 'of an unknown network'}, not "
-            f"for {type(network).__name__}; its names begin with {_some(weights)}"
-        )
     if backbone_only:
-        own = {name: value for name, value in own.items() if name.startswith(ENCODER)}
-        named = {name: value for name, value in named.items() if name.startswith(ENCODER)}
+        own, named = _encoder_part(own), _encoder_part(named)
+    named = {
+        name: _as_layer(value, own[name]) if name in own else value for name, value in named.items()
+    }
     shapes = {
         name: (tuple(named[name].shape), tuple(value.shape))
         for name, value in own.items()
         if name in named
     }
+    surplus = tuple(name for name in named if name not in own)
     report = LoadReport(
         origin=table.origin if table else "segtrain",
         matched=tuple(name for name, (file, ours) in shapes.items() if file == ours),
         missing=tuple(name for name in own if name not in named),
-        unexpected=(*unexpected, *(name for name in named if name not in own)),
+        unexpected=(*unknown, *surplus),
         reshaped=tuple((name, *both) for name, both in shapes.items() if both[0] != both[1]),
+        notes=_notes(network, table, named),
     )
-    differs = report.missing or report.reshaped or (report.unexpected and not backbone_only)
-    if strict and differs:
-        raise UserError(f"weights {path}: {_misfit(network, report)}")
+    fits = not (report.missing or report.reshaped or surplus or (unknown and not backbone_only))
+    if strict and not fits:
+        other = _another_network(network, table, named, demanded)
+        raise UserError(f"weights {path}: {_misfit(network, report, other)}")
+    for argument, value in demanded.items():
+        if getattr(network, argument) != value:
+            raise UserError(
+                f"weights {path}: config.json asks for {argument}={value!r}, which the weights do "
+                f"not show, the network has {getattr(network, argument)}: create it with "
+                f"{_written({argument: value})}"
+            )
     network.load_state_dict({name: named[name] for name in report.matched}, strict=False)
     return report
 
 
+def _module(network: Network) -> str:
+    """The module of ``segtrain.networks`` that defines a network."""
+    return type(network).__module__.rpartition(".")[2]
+
+
+def _encoder_part(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in weights.items() if name.startswith(ENCODER)}
+
+
+def _as_layer(value: Tensor, own: Tensor) -> Tensor:
+    """A 1x1 convolution's weight (o, i, 1, 1) as a linear layer's (o, i), or the reverse."""
+    if own.ndim == 2 and value.shape[2:] == (1, 1):
+        return value.flatten(1)
+    if value.ndim == 2 and own.shape[2:] == (1, 1):
+        return value[:, :, None, None]
+    return value
+
+
 def _our_names(
-    weights: Mapping[str, Tensor], own: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor], network: Network
 ) -> tuple[KeyTable | None, dict[str, Tensor], list[str]]:
     """The origin that knows most of a file's names, the weights by our names, unknown names.
 
-    No table stands for our own names.
+    Networks that share blocks share names: among origins that know equally many, it is the one
+    whose encoder the file fills, and then one of this very network. No table stands for our own
+    names; if nobody knows any name, no weight is returned.
     """
-    candidates: list[tuple[KeyTable | None, dict[str, Tensor], list[str]]] = [
-        (
-            None,
-            {name: value for name, value in weights.items() if name in own},
-            [name for name in weights if name not in own],
-        ),
-        *((table, *table.rename(weights)) for table in key_tables()),
-    ]
-    return max(candidates, key=lambda candidate: len(candidate[1]))
+    own = network.state_dict()
+    known = sum(name in own for name in weights)
+    best: tuple[KeyTable | None, dict[str, Tensor], list[str]]
+    best, rank = (None, dict(weights) if known else {}, []), (known, 0, True)
+    for table in key_tables():
+        named, unknown = table.rename(weights)
+        if named and len(named) >= rank[0]:
+            table_rank = (len(named), -table.encoder_gaps(named), table.network == _module(network))
+            if table_rank > rank:
+                best, rank = (table, named, unknown), table_rank
+    return best
 
 
-def _misfit(network: Network, report: LoadReport) -> str:
+def _read_folder_config(network: Network, folder: Path) -> dict[str, Any]:
+    """Arguments that a network must have been created with, by a Hugging Face folder's config."""
+    config = read_config(folder)
+    tables = {table.model_type: table for table in key_tables() if table.model_type}
+    table = tables.get(config["model_type"])
+    if table is None:
+        raise UserError(
+            f"weights {folder}: config.json is of model_type {config['model_type']!r}, "
+            f"segtrain reads: {', '.join(sorted(tables))}"
+        )
+    try:
+        return table.read_config(config) if table.network == _module(network) else {}
+    except UserError as error:
+        raise UserError(f"weights {folder}: {error}") from error
+
+
+def _notes(
+    network: Network, table: KeyTable | None, named: Mapping[str, Tensor]
+) -> tuple[str, ...]:
+    """Where the network differs from a file's origin in what the weights do not show."""
+    return tuple(
+        f"{table.origin} has {argument}={value}, the network {getattr(network, argument)}: "
+        f"create it with {_written({argument: value})} for equal outputs"
+        for argument, value in _traceless(table, named).items()
+        if table and getattr(network, argument) != value
+    )
+
+
+def _traceless(table: KeyTable | None, named: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The origin's traceless arguments; none of an encoder alone, which is to be trained on."""
+    return dict(table.traceless) if table and len(_encoder_part(named)) < len(named) else {}
+
+
+def _foreign(
+    network: Network,
+    table: KeyTable | None,
+    weights: Mapping[str, Tensor],
+    named: Mapping[str, Tensor],
+) -> str:
+    """Whose a file is that is not for a network, and what it is for where that is plain."""
+    origin = f"of {table.origin}" if table else "of an unknown network"
+    advice = f"; its names begin with {_some(weights)}"
+    if table and (arguments := table.read_arguments(named)):
+        call = _call({"num_classes": network.num_classes, **arguments, **_traceless(table, named)})
+        advice = f": create the network with {call}"
+    return f"{origin}, not for {type(network).__name__}{advice}"
+
+
+def _another_network(
+    network: Network,
+    table: KeyTable | None,
+    named: Mapping[str, Tensor],
+    demanded: Mapping[str, Any],
+) -> str:
+    """How to create the network that weights are for, if they show that it is another one."""
+    own = network.state_dict()
+    if len(_encoder_part(named)) == len(named):
+        own = _encoder_part(own)
+    readers = (t.read_arguments for t in key_tables() if t.network == _module(network))
+    read = next(readers, no_arguments)
+    theirs, ours = read(named), read(own)
+    if not theirs or not ours or theirs == ours:
+        return ""
+    untold = _traceless(table, named) | {
+        argument: value
+        for argument, value in demanded.items()
+        if argument in theirs or value != getattr(network, argument)
+    }
+    present = {
+        argument: getattr(network, argument)
+        for argument in (*untold, *ours)
+        if argument in untold or ours[argument] is ...
+    }
+    classes = {"num_classes": network.num_classes}
+    return (
+        f"does not fit {_call(classes | ours | present)}: "
+        f"create the network with {_call(classes | theirs | untold)}"
+    )
+
+
+def _misfit(network: Network, report: LoadReport, other: str) -> str:
     """Why a file does not fit a network, and what to do where that is plain."""
-    classes = {file[0] for _, file, _ in report.reshaped}
+    classes = {file[0] for _, file, _ in report.reshaped if file}
     if not (report.missing or report.unexpected) and len(classes) == 1:
         (found,) = classes
         if all(ours == (network.num_classes, *file[1:]) for _, file, ours in report.reshaped):
@@ -124,10 +236,32 @@ def _misfit(network: Network, report: LoadReport) -> str:
                 f"for {found} classes, the network has {network.num_classes}: create it with "
                 f"num_classes={found}, or load the encoder alone with backbone_only=True"
             )
-    encoder_fits = not any(name.startswith(ENCODER) for name in report.missing)
-    if encoder_fits and all(name.startswith(ENCODER) for name in report.matched):
+    encoder = [
+        name
+        for name in (*report.missing, *report.unexpected, *(name for name, *_ in report.reshaped))
+        if name.startswith(ENCODER)
+    ]
+    if other:
+        alone = "" if encoder else ", or load the encoder alone with backbone_only=True"
+        return f"of {report.origin}, {other}{alone}"
+    if not encoder and all(name.startswith(ENCODER) for name in report.matched):
         return "holds an encoder alone: load it with backbone_only=True"
     return f"does not fit {type(network).__name__}; {report}"
+
+
+def _call(arguments: dict[str, Any]) -> str:
+    """``create_network(...)`` with ``name`` and the other arguments."""
+    others = {argument: value for argument, value in arguments.items() if argument != "name"}
+    return f'create_network("{arguments["name"]}", {_written(others)})'
+
+
+def _written(arguments: Mapping[str, Any]) -> str:
+    """Arguments as they stand in a call."""
+    texts = {
+        argument: f'"{value}"' if isinstance(value, str) else "..." if value is ... else str(value)
+        for argument, value in arguments.items()
+    }
+    return ", ".join(f"{argument}={text}" for argument, text in texts.items())
 
 
 def _some(names: Iterable[str]) -> str:

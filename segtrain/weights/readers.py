@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickletools
 import re
 import warnings
@@ -19,6 +20,13 @@ from segtrain.errors import UserError
 # What OpenMMLab's files hold beside their weights (versions, log history): read as blanks.
 _INERT_PACKAGES = ("mmcv", "mmengine", "mmseg", "mmcls", "mmpretrain", "numpy", "_codecs")
 _WRAPPERS = ("state_dict", "model")
+# What a Hugging Face folder may hold, in the order in which transformers looks for it.
+_FOLDER_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 
 
 class _Blank:
@@ -38,14 +46,69 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Parameter name -> tensor on the CPU, as the file has them but for wrappers and prefixes.
 
     Reads safetensors and whatever ``torch.save`` wrote: a bare state dict, OpenMMLab's
-    ``{meta, state_dict, optimizer}``, a checkpoint of ours (the network's part of it).
+    ``{meta, state_dict, optimizer}``, a checkpoint of ours (the network's part of it). A Hugging
+    Face folder stands for the weights in it, be they in one file or in several with an index.
 
     Raises:
         UserError: there is no such file, it is damaged, it is no checkpoint, or it holds code.
     """
+    if not path.is_dir():
+        return _read_file(path)
+    for name in _FOLDER_FILES:
+        file = path / name
+        if file.is_file():
+            parts = _read_index(file) if name.endswith(".json") else [file]
+            return {key: value for part in parts for key, value in _read_file(part).items()}
+    raise UserError(f"weights {path}: a folder without weights, has none of {_folder_files()}")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of a Hugging Face folder's ``config.json``.
+
+    Raises:
+        UserError: there is none, it is damaged, or it names no ``model_type``.
+    """
+    path = folder / "config.json"
     if not path.is_file():
-        found = "a folder, not a checkpoint file" if path.is_dir() else "not there"
-        raise UserError(f"weights {path}: {found}")
+        raise UserError(
+            f"weights {folder}: a folder without config.json, which a Hugging Face folder holds "
+            f"beside one of {_folder_files()}; of another folder, give the file"
+        )
+    config = _read_json(path)
+    if not isinstance(config.get("model_type"), str):
+        raise UserError(f"weights {path}: names no model_type, as a Hugging Face config.json does")
+    return config
+
+
+def _read_index(path: Path) -> list[Path]:
+    """The files that an index spreads a model's weights over."""
+    parts = _read_json(path).get("weight_map")
+    names = list(parts.values()) if isinstance(parts, dict) else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise UserError(f"weights {path}: has no weight_map from parameters to files")
+    for name in names:
+        if re.search(r"[/\\\0]", name) or name in ("", ".", ".."):
+            raise UserError(f"weights {path}: names a file outside its folder ({name!r}), refused")
+    return [path.parent / name for name in sorted(set(names))]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"weights {path}: is not valid JSON: cut short or damaged") from error
+    if not isinstance(content, dict):
+        raise UserError(f"weights {path}: holds no JSON object")
+    return content
+
+
+def _folder_files() -> str:
+    return ", ".join(_FOLDER_FILES)
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UserError(f"weights {path}: not there")
     with path.open("rb") as file:
         start = file.read(9)
     # safetensors: the length of a JSON header, then the header.

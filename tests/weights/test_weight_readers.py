@@ -1,5 +1,6 @@
 """Files that must be read, and files that must not be, none of them running code."""
 
+import json
 import os
 import pickle
 import sys
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from segtrain import UserError
-from segtrain.weights.readers import read_weights
+from segtrain.weights.readers import read_config, read_weights
 
 WEIGHTS = {"layer.weight": torch.arange(6.0).view(2, 3)}
 
@@ -128,3 +129,107 @@ def test_missing_file_folder_and_file_without_weights(tmp_path):
     torch.save({"epoch": 3}, tmp_path / "epoch.pth")
     with pytest.raises(UserError, match="holds no parameters, but: epoch"):
         read_weights(tmp_path / "epoch.pth")
+
+
+PARTS = {
+    "model-1.safetensors": {"a.weight": torch.ones(2)},
+    "model-2.safetensors": {"b.weight": torch.zeros(3), "b.bias": torch.ones(1)},
+}
+
+
+def write_index(folder, names=PARTS, index="model.safetensors.index.json"):
+    keys = [list(tensors) for tensors in PARTS.values()]
+    files = {key: name for name, part in zip(names, keys, strict=True) for key in part}
+    (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": files}))
+
+
+def one_line(read, path):
+    with pytest.raises(UserError) as error:
+        read(path)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_folder_with_one_file_or_several(tmp_path):
+    for name, tensors in PARTS.items():
+        save_file(tensors, tmp_path / name)
+    write_index(tmp_path)
+    everything = {key: value for tensors in PARTS.values() for key, value in tensors.items()}
+    read = read_weights(tmp_path)
+    assert read.keys() == everything.keys()
+    assert all(torch.equal(read[key], everything[key]) for key in read)
+    # The single file goes first, as in transformers, and safetensors before pickles.
+    torch.save(PARTS["model-1.safetensors"], tmp_path / "pytorch_model.bin")
+    assert len(read_weights(tmp_path)) == 3
+    save_file(WEIGHTS, tmp_path / "model.safetensors")
+    assert read_weights(tmp_path).keys() == WEIGHTS.keys()
+
+
+def test_folder_with_pickles(tmp_path):
+    for number, tensors in enumerate(PARTS.values()):
+        torch.save(tensors, tmp_path / f"pytorch_model-{number}.bin")
+    names = ["pytorch_model-0.bin", "pytorch_model-1.bin"]
+    write_index(tmp_path, names, "pytorch_model.bin.index.json")
+    assert len(read_weights(tmp_path)) == 3
+    torch.save(WEIGHTS, tmp_path / "pytorch_model.bin")
+    assert read_weights(tmp_path).keys() == WEIGHTS.keys()
+
+
+def test_code_in_a_folders_pickle_is_refused(tmp_path):
+    marker = tmp_path / "marker"
+    torch.save(WEIGHTS | {"other": Code(marker)}, tmp_path / "pytorch_model.bin")
+    assert "pytorch_model.bin: holds code" in one_line(read_weights, tmp_path)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside.safetensors", "/etc/outside", "sub/model", "..", "", "a\\b", "a\nb/c"]
+)
+def test_an_index_that_leaves_its_folder_is_refused(tmp_path, name):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    save_file(WEIGHTS, tmp_path / "outside.safetensors")
+    save_file(WEIGHTS, folder / "model-1.safetensors")
+    write_index(folder, ["model-1.safetensors", name])
+    assert "names a file outside its folder" in one_line(read_weights, folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"weight_map": {"a": "mod', "is not valid JSON: cut short or damaged"),
+        ("\udcff", "is not valid JSON"),
+        ("[" * 10**5, "is not valid JSON"),
+        ("[]", "holds no JSON object"),
+        ("{}", "has no weight_map"),
+        ('{"weight_map": {}}', "has no weight_map"),
+        ('{"weight_map": {"a": 3}}', "has no weight_map"),
+        ('{"weight_map": {"a": "model-9.safetensors"}}', "model-9.safetensors: not there"),
+    ],
+)
+def test_damaged_index(tmp_path, text, message):
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
+    assert message in one_line(read_weights, tmp_path)
+
+
+def test_folder_without_weights(tmp_path):
+    assert one_line(read_weights, tmp_path) == (
+        f"weights {tmp_path}: a folder without weights, has none of model.safetensors, "
+        "model.safetensors.index.json, pytorch_model.bin, pytorch_model.bin.index.json"
+    )
+
+
+def test_config_of_a_folder(tmp_path):
+    message = one_line(read_config, tmp_path)
+    assert "a folder without config.json" in message
+    assert "one of model.safetensors, model.safetensors.index.json, pytorch_model.bin" in message
+    path = tmp_path / "config.json"
+    path.write_text('{"model_type": "segformer", "depths": [2, 2')
+    assert f"{path}: is not valid JSON: cut short or damaged" in one_line(read_config, tmp_path)
+    path.write_text('["segformer"]')
+    assert "holds no JSON object" in one_line(read_config, tmp_path)
+    path.write_text('{"depths": [2, 2]}')
+    assert "names no model_type" in one_line(read_config, tmp_path)
+    path.write_text('{"model_type": "segformer", "depths": [2, 2]}')
+    assert read_config(tmp_path) == {"model_type": "segformer", "depths": [2, 2]}
