@@ -21,7 +21,7 @@ class Cityscapes(SegmentationData):
     title = "Cityscapes"
     table = load_class_table("cityscapes")
     official_images = (2975, 500)
-    image_size_for_cost = (1024, 2048)
+    nominal_image_size = (1024, 2048)
     expected = (
         "leftImg8bit/ or leftImg8bit_trainvaltest.zip, with {train,val}/<city>/*_leftImg8bit.png"
         " (2975 and 500), and gtFine/ or gtFine_trainvaltest.zip, with as many"

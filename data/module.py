@@ -19,7 +19,7 @@ from data.dataset import EvaluationImages, TrainingImages, collate_evaluation, l
 from data.files import Place, Split
 from data.loader import SegmentationLoader, automatic_workers, use_one_thread
 from data.sampling import EndlessBatchSampler, RankSampler
-from data.transforms import training_transform
+from data.transforms import keep_ratio_size, training_transform
 from segtrain.errors import UserError
 from segtrain.inference import IMAGE_MEAN, IMAGE_STD
 
@@ -53,7 +53,7 @@ class SegmentationData(lightning.LightningDataModule, ABC):
     """
 
     ignore_index: int = IGNORE_INDEX
-    image_size_for_cost: tuple[int, int] = (512, 512)  # height, width
+    nominal_image_size: tuple[int, int] = (512, 512)  # height, width
     # What a data set says about itself: its name, classes, and files as distributed.
     title: str
     table: ClassTable
@@ -105,6 +105,13 @@ class SegmentationData(lightning.LightningDataModule, ABC):
             UserError: they are missing or incomplete: what was expected, what was found, and how
                 to get it.
         """
+
+    @property
+    def image_size_for_cost(self) -> tuple[int, int]:
+        """(height, width) of an image of the nominal shape, resized as for evaluation."""
+        if self.eval_scale is None:
+            return self.nominal_image_size
+        return keep_ratio_size(self.nominal_image_size, self.eval_scale)
 
     @property
     def num_classes(self) -> int:

@@ -71,7 +71,7 @@ class Scenes(SegmentationData):
         height, width = image_size
         self.rendering = Rendering(layout, train_images, eval_images, height, width)
         self.official_images = (train_images, eval_images)
-        self.image_size_for_cost = (height, width)
+        self.nominal_image_size = (height, width)
         self.reader = _LAYOUTS[layout](self.root / self.rendering.folder)
         self.table = self.reader.table
 

@@ -266,3 +266,10 @@ def test_unknown_names():
         data.COCOStuff("x", variant="9k")
     with pytest.raises(UserError, match="did you mean 'ade20k'"):
         data.Scenes("x", layout="ade")
+
+
+def test_costs_are_of_images_as_they_are_evaluated(tmp_path):
+    assert data.ADE20K(tmp_path).image_size_for_cost == (512, 512)
+    assert data.ADE20K(tmp_path, eval_scale=(2048, 640)).image_size_for_cost == (640, 640)
+    assert data.Cityscapes(tmp_path).image_size_for_cost == (1024, 2048)
+    assert data.Cityscapes(tmp_path, eval_scale=(1024, 512)).image_size_for_cost == (512, 1024)
