@@ -22,6 +22,8 @@ UNIONS: dict[str, object] = {
     "data.limit_train": int | None,
     "data.size_divisor": int | None,
     "data.workers": int | str,
+    "model.ln_eps": float | str,
+    "model.training_setting": str | dict,
     "callbacks.cost_curve.limit_batches": int | None,
     "callbacks.cost_curve.settings": list | None,
     "callbacks.pictures.settings": list | None,
@@ -70,6 +72,11 @@ _TYPE_NAMES: dict[type, str] = {
 def takes_text_only(key: str, example: object) -> bool:
     """Whether a value of this key is text whatever it looks like (a run may be called 007)."""
     return set(_kinds(key, example)) <= {str, NoneType}
+
+
+def is_one_value(key: str) -> bool:
+    """Whether a mapping at this key is a value, replaced as a whole, and not a section of keys."""
+    return dict in get_args(UNIONS.get(key))
 
 
 def conform(key: str, value: Any, example: object, source: str = "") -> Any:

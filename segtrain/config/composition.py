@@ -7,7 +7,7 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from segtrain.config.checks import check_values, conform, takes_text_only
+from segtrain.config.checks import check_values, conform, is_one_value, takes_text_only
 from segtrain.config.files import read_value
 from segtrain.errors import UserError, did_you_mean
 
@@ -37,7 +37,7 @@ class Composition:
         """
         self._require(key, source)
         example = self.examples[key]
-        if isinstance(value, dict) and isinstance(example, dict):
+        if isinstance(value, dict) and self._is_section(key):
             for name, item in value.items():
                 self.override(f"{key}.{name}", item, source)
         else:
@@ -75,11 +75,12 @@ class Composition:
         path = ""
         for part in above:
             path = _join(path, part)
-            if not isinstance(self.examples.setdefault(path, {}), dict):
+            self.examples.setdefault(path, {})
+            if not self._is_section(path):
                 raise UserError(f"'{key}' cannot be added: '{path}' is a value, not a section")
             section = section.setdefault(part, {})
         section[name] = value
-        self.examples |= {key: value} | (flat(value, key) if isinstance(value, dict) else {})
+        self.examples |= flat({name: value}, path)
 
     def remove(self, key: str) -> None:
         """Removes a key from an open section.
@@ -119,7 +120,7 @@ class Composition:
             return
         above, part = "", ""
         for part in key.split("."):
-            if above and not isinstance(self.examples[above], dict):
+            if above and not self._is_section(above):
                 raise UserError(f"{source}unknown key '{key}': '{above}' is a value, not a section")
             if _join(above, part) not in self.examples:
                 break
@@ -132,6 +133,9 @@ class Composition:
         if _is_open(key) and not source:
             hint = f" (+{key}=value adds it)"
         raise UserError(f"{source}unknown key '{key}': {suggestion}{hint}")
+
+    def _is_section(self, key: str) -> bool:
+        return isinstance(self.examples[key], dict) and not is_one_value(key)
 
     def _names_below(self, section: str) -> list[str]:
         if not section:
@@ -165,7 +169,7 @@ def flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
     for name, value in values.items():
         key = _join(above, name)
         items[key] = value
-        if isinstance(value, dict):
+        if isinstance(value, dict) and not is_one_value(key):
             items |= flat(value, key)
     return items
 

@@ -25,9 +25,10 @@ class GroupRule(TypedDict, total=False):
 class AdamW:
     """AdamW with rules that give some parameters another learning rate or weight decay.
 
-    A rule applies to parameters whose full name contains its key. Longer keys are tried first,
-    equally long ones in alphabetical order, and the first match wins, as in mmcv: a decoder's norm
-    under rules for ``decoder`` and ``norm`` follows ``decoder`` alone.
+    A rule applies to parameters whose full name contains its key, where an underscore in the key
+    also stands for a dot: ``stages_0_norm`` matches ``encoder.stages.0.norm.weight``. Longer keys
+    are tried first, equally long ones in alphabetical order, and the first match wins, as in mmcv:
+    a decoder's norm under rules for ``decoder`` and ``norm`` follows ``decoder`` alone.
     """
 
     learning_rate: float
@@ -46,8 +47,9 @@ class AdamW:
 
     def rule_for(self, name: str) -> GroupRule:
         """The rule of the parameter with that full name; an empty one if none matches."""
+        undotted = name.replace(".", "_")
         for key in sorted(sorted(self.groups), key=len, reverse=True):
-            if key in name:
+            if key in name or key in undotted:
                 return self.groups[key]
         return {}
 

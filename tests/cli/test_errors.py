@@ -53,6 +53,24 @@ def test_what_the_parts_refuse(fails, small, argument, parts):
         assert part in message
 
 
+@pytest.mark.parametrize(
+    ("argument", "parts"),
+    [
+        ("model.head=nvlab", ["nvlab", "did you mean 'nvlabs'"]),
+        ("model.ln_eps=mixt", ["ln_eps", "mixt"]),
+        ("model.training_setting=bsm_hg", ["bsm_hg", "did you mean 'bsm_hq'"]),
+        ("model.training_setting={merg: bsm_hq}", ["merg", "did you mean 'merge'"]),
+        ("callbacks.cost_curve.settings=[{isr: [2,2]}]", ["cost_curve", "isr", "[2, 2]"]),
+        ("data.crop_size=[24,24]", ["at least 29 x 29"]),
+    ],
+)
+def test_what_segformer_refuses(fails, small, argument, parts):
+    message = fails(*small, "model=segformer_b0", argument)
+    assert message.count("\n") == 1
+    for part in parts:
+        assert part in message
+
+
 @pytest.mark.parametrize("name", ["ade20k", "cityscapes", "cocostuff"])
 def test_missing_data_says_what_was_expected_found_and_how_to_get_it(fails, name):
     message = fails(f"experiment=edaformer_tiny_{name}", "data.root=nowhere")

@@ -199,3 +199,49 @@ def test_the_composed_configuration_is_printed(start):
     printed = OmegaConf.create(start("--cfg", "experiment=edaformer_base_cityscapes").stdout)
     assert printed.inference.mode == "slide"
     assert printed.model.name == "edaformer_base"
+
+
+MERGING = "{stages: [{kv: {mode: bsm, ratio: 0.5, stride: 2}}, {}, {}, {}]}"
+MICRO_SEGFORMER = [
+    "model=segformer_b0",
+    "+model.widths=[8,16,40,64]",
+    "+model.depths=[1,1,1,1]",
+    "+model.head_width=32",
+]
+
+
+def test_training_with_merging_and_going_on_with_it(small, in_folder):
+    arguments = [*small, *MICRO_SEGFORMER, "schedule.steps=2"]
+    assert train.main([*arguments, f"model.training_setting={MERGING}", "name=merged"]) == 0
+    scored = rows("runs/merged")
+    assert [row["setting"] for row in scored] == [
+        "kv1_bsm_2x2_0.5",
+        "full",
+        "isr_2211",
+        "bsm_hq",
+        "bsm_fast",
+        "n2d_2x2",
+        "downsample",
+    ]
+    assert [row["training_setting"] for row in scored] == [True] + [False] * 6
+    assert train.main(["resume=runs/merged", "schedule.steps=4"]) == 0
+    checkpoint = "ckpt=runs/merged/checkpoints/last.ckpt"
+    both = "callbacks.cost_curve.settings=[{merge: bsm_hq, isr: [2,1,1,1]}]"
+    assert train.main(["task=validate", checkpoint, "name=scored", both]) == 0
+    settings = [row["setting"] for row in rows("runs/scored")]
+    assert settings == ["kv1_bsm_2x2_0.5", "isr_2111_bsm_hq"]
+    assert rows("runs/scored")[0]["mIoU"] == rows("runs/merged")[7]["mIoU"]
+
+
+def test_weights_from_a_hugging_face_folder(small, in_folder, capsys):
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+    sizes = {"hidden_sizes": [8, 16, 40, 64], "depths": [1, 1, 1, 1], "decoder_hidden_size": 32}
+    model = SegformerForSemanticSegmentation(SegformerConfig(num_labels=19, **sizes))
+    model.save_pretrained("theirs")
+    arguments = [*small, *MICRO_SEGFORMER, "model.head=nvlabs", "task=validate", "weights=theirs"]
+    assert train.main([*arguments, "name=scored"]) == 0
+    assert len(rows("runs/scored")) == 6
+    assert "segtrain: warning: Hugging Face's SegFormer has ln_eps=1e-05" in capsys.readouterr().err
+    assert train.main([*arguments, "model.ln_eps=1e-5", "name=again"]) == 0
+    assert "ln_eps" not in capsys.readouterr().err

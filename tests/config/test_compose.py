@@ -122,6 +122,46 @@ def test_python_dict_text_changes_the_keys_that_it_names(folder):
     assert composed["model"] == {"name": "small", "width": 3, "ratio": 0.5}
 
 
+@pytest.fixture
+def reduced(folder):
+    (folder / "model/reduced.yaml").write_text("name: reduced\ntraining_setting: full\nln_eps: 1.0")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("model.training_setting=bsm_hq", "bsm_hq"),
+        ("model.training_setting={isr: [2,2,1,1]}", {"isr": [2, 2, 1, 1]}),
+        ("model.training_setting={'merge': 'bsm_hq', 'q': None}", {"merge": "bsm_hq", "q": None}),
+        ("model={'training_setting': {'isr': [2]}}", {"isr": [2]}),
+        ("model.training_setting={seed: '${seed}'}", {"seed": 0}),
+        ("experiment=mine", {"stages": [{"kv": {"mode": "bsm"}}, {}]}),
+    ],
+)
+def test_a_setting_is_one_value_and_replaced_as_a_whole(reduced, tmp_path, argument, expected):
+    (reduced / "experiment/mine.yaml").write_text(
+        "model: {training_setting: {stages: [{kv: {mode: bsm}}, {}]}}"
+    )
+    composed = values(reduced, "model=reduced", argument)
+    assert composed["model"]["training_setting"] == expected
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(to_yaml(composed))
+    assert values(reduced, "config=saved.yaml") == composed
+    for other, stands_for in (("{other: 1}", {"other": 1}), ("full", "full")):
+        changed = values(reduced, "config=saved.yaml", f"model.training_setting={other}")
+        assert changed["model"]["training_setting"] == stands_for
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("1e-5", 1e-5), ("1", 1.0), ("1.0e-06", 1e-6), ("mixed", "mixed")]
+)
+def test_a_number_or_text(reduced, text, expected):
+    value = values(reduced, "model=reduced", f"model.ln_eps={text}")["model"]["ln_eps"]
+    assert value == expected
+    assert type(value) is type(expected)
+
+
 def test_saved_configuration_reproduces_the_run(folder, tmp_path):
     arguments = [
         "experiment=long",

@@ -174,6 +174,31 @@ def test_in_a_group_file(folder):
     )
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            ["model.training_setting=3"],
+            "'model.training_setting' expects text or a section of keys, got 3",
+        ),
+        (
+            ["model.training_setting.isr=[2]"],
+            "unknown key 'model.training_setting.isr': 'model.training_setting' is a value, "
+            "not a section",
+        ),
+        (
+            ["model.training_setting={isr: [1]}", "+model.training_setting.isr=[2]"],
+            "'model.training_setting.isr' cannot be added: 'model.training_setting' is a value, "
+            "not a section",
+        ),
+        (["model.ln_eps=null"], "'model.ln_eps' expects a number or text, got null"),
+    ],
+)
+def test_in_a_value_of_two_types(folder, arguments, expected):
+    (folder / "model/mine.yaml").write_text("name: mine\ntraining_setting: full\nln_eps: 1.0")
+    assert message(folder, "model=mine", *arguments) == expected
+
+
 def test_in_a_saved_configuration(folder, tmp_path):
     saved = tmp_path / "saved.yaml"
     text = to_yaml(compose([], folder).values)

@@ -1,6 +1,7 @@
 """The files in configs/ compose, agree with what they configure, and hold the published values."""
 
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,30 @@ from segtrain.config import compose, read_file, to_yaml
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 EXPERIMENTS = sorted(file.stem for file in (CONFIGS / "experiment").glob("*.yaml"))
-PUBLISHED = {
-    f"edaformer_{size}_{data}": (size, data)
-    for size in ("tiny", "base")
-    for data in ("ade20k", "cityscapes", "cocostuff")
+# Recipe -> model, data set, side of the training crops, images for each process.
+EDAFORMER = {
+    f"edaformer_{size}_{data}": (f"edaformer_{size}", data, side, batch_size)
+    for size, batch_of_cityscapes in (("tiny", 2), ("base", 1))
+    for data, side, batch_size in (
+        ("ade20k", 512, 4),
+        ("cityscapes", 1024, batch_of_cityscapes),
+        ("cocostuff", 512, 4),
+    )
+}
+SEGFORMER = {
+    f"segformer_{size}_{data}": (f"segformer_{size}", data, side, batch_size)
+    for size in ("b0", "b1", "b2", "b3", "b4", "b5")
+    for data, side, batch_size in (
+        ("ade20k", 512, 2),
+        ("cityscapes", 1024, 1),
+        ("cocostuff", 512, 2),
+    )
+} | {"segformer_b5_ade20k_640": ("segformer_b5", "ade20k", 640, 2)}
+SEGFORMERPP = {
+    "segformerpp_b2_cityscapes": ("segformer_b2", "cityscapes", 1024, 4),
+    "segformerpp_b5_cityscapes": ("segformer_b5", "cityscapes", 1024, 4),
+    "segformerpp_b5_ade20k_640": ("segformer_b5", "ade20k", 640, 8),
+    "segformerpp_b5_cocostuff": ("segformer_b5", "cocostuff", 512, 8),
 }
 
 
@@ -84,49 +105,97 @@ def test_model_files_hold_the_published_values(name):
     network = create_network(name, num_classes=5, **section)
     published = create_network(name, num_classes=5)
     assert str(network) == str(published)
+    assert network.training_setting == published.training_setting
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_recipes_of_edaformer(name):
-    size, data = PUBLISHED[name]
-    composed = values(f"experiment={name}")
-    assert composed["model"]["name"] == f"edaformer_{size}"
+def test_every_recipe_is_checked_below():
+    assert set(EXPERIMENTS) == EDAFORMER.keys() | SEGFORMER.keys() | SEGFORMERPP.keys()
+
+
+def check_what_the_papers_share(composed, model, data, side, batch_size):
+    assert composed["model"]["name"] == model
     assert composed["data"]["name"] == data
-    assert composed["optimizer"] == {
-        "learning_rate": 6e-5,
-        "betas": [0.9, 0.999],
-        "weight_decay": 0.01,
-        "groups": {"norm": {"weight_decay_scale": 0.0}, "decoder": {"learning_rate_scale": 10.0}},
-    }
-    assert composed["schedule"] == {
-        "steps": 160000,
-        "warmup_steps": 1500,
-        "warmup_factor": 1e-6,
-        "power": 1.0,
-        "validate_every": 8000 if data == "ade20k" else 4000,
-        "log_every": 50,
-    }
-    assert composed["callbacks"]["checkpoints"]["every"] == 4000
+    optimizer = {"learning_rate": 6e-5, "betas": [0.9, 0.999], "weight_decay": 0.01}
+    assert optimizer.items() <= composed["optimizer"].items()
+    schedule = {"steps": 160000, "warmup_steps": 1500, "warmup_factor": 1e-6, "power": 1.0}
+    assert schedule.items() <= composed["schedule"].items()
     assert composed["criterion"] == {"reduction": "all", "class_weights": None}
     cityscapes = data == "cityscapes"
-    side = 1024 if cityscapes else 512
-    batch_size = {"tiny": 2, "base": 1}[size] if cityscapes else 4
-    expected = {
+    images = {
         "batch_size": batch_size,
         "crop_size": [side, side],
         "train_scale": [2048, side],
         "scale_range": [0.5, 2.0],
         "cat_max_ratio": 0.75,
         "photometric": True,
-        "eval_scale": None if cityscapes else [2048, 512],
-        "size_divisor": None if cityscapes else 32,
+        "eval_scale": None if cityscapes else [2048, side],
     }
-    assert expected.items() <= composed["data"].items()
+    assert images.items() <= composed["data"].items()
     assert composed["inference"] == {
         "mode": "slide" if cityscapes else "whole",
         "window": [1024, 1024],
         "stride": [768, 768],
     }
-    assert composed["trainer"]["sync_batchnorm"] is True
-    assert composed["trainer"]["precision"] == "32-true"
-    assert composed["trainer"]["gradient_clip_val"] is None
+    trainer = {"sync_batchnorm": True, "precision": "32-true", "gradient_clip_val": None}
+    assert trainer.items() <= composed["trainer"].items()
+
+
+@pytest.mark.parametrize("name", EDAFORMER)
+def test_recipes_of_edaformer(name):
+    model, data, side, batch_size = EDAFORMER[name]
+    composed = values(f"experiment={name}")
+    check_what_the_papers_share(composed, model, data, side, batch_size)
+    assert composed["optimizer"]["groups"] == {
+        "norm": {"weight_decay_scale": 0.0},
+        "decoder": {"learning_rate_scale": 10.0},
+    }
+    assert composed["data"]["size_divisor"] == (None if data == "cityscapes" else 32)
+    assert composed["schedule"]["validate_every"] == (8000 if data == "ade20k" else 4000)
+    assert composed["callbacks"]["checkpoints"]["every"] == 4000
+
+
+@pytest.mark.parametrize("name", SEGFORMER | SEGFORMERPP)
+def test_recipes_of_segformer(name):
+    model, data, side, batch_size = (SEGFORMER | SEGFORMERPP)[name]
+    composed = values(f"experiment={name}")
+    check_what_the_papers_share(composed, model, data, side, batch_size)
+    assert composed["model"] == {
+        "name": model,
+        "head": "mmseg",
+        "ln_eps": 1e-6,
+        "drop_path": 0.1,
+        "dropout": 0.1,
+        "training_setting": "bsm_hq" if name in SEGFORMERPP else "full",
+    }
+    # What these rules do to the network: tests/training/test_optimization.py.
+    assert composed["optimizer"] == values("optimizer=adamw_segformer")["optimizer"]
+    assert composed["data"]["size_divisor"] is None
+    assert composed["schedule"]["validate_every"] == 16000
+    assert composed["callbacks"]["checkpoints"]["every"] == 16000
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_batch_is_the_same_on_all_numbers_of_gpus(name):
+    lines = (CONFIGS / f"experiment/{name}.yaml").read_text().splitlines()
+    comments = " ".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
+    (batch,) = re.findall(r"160k steps of (\d+) crops", comments)
+    ways = re.findall(r"trainer\.devices=\d+(?: [\w.]+=\d+)*", comments)
+    assert len(ways) == 3
+    for way in ways:
+        composed = values(f"experiment={name}", *way.split())
+        trainer, data = composed["trainer"], composed["data"]
+        steps = trainer["accumulate_grad_batches"]
+        assert trainer["devices"] * data["batch_size"] * steps == int(batch), way
+
+
+def test_a_training_setting_by_its_values(tmp_path):
+    by_values = "model.training_setting={stages: [{kv: {mode: bsm, ratio: 0.6}}, {}, {}, {}]}"
+    composed = values("experiment=segformerpp_b2_cityscapes", by_values)
+    assert composed["model"]["training_setting"] == {
+        "stages": [{"kv": {"mode": "bsm", "ratio": 0.6}}, {}, {}, {}]
+    }
+    saved = tmp_path / "config.yaml"
+    saved.write_text(to_yaml(composed))
+    assert values(f"config={saved}") == composed
+    changed = values(f"config={saved}", "model.training_setting={isr: [2,2,1,1]}")
+    assert changed["model"] == composed["model"] | {"training_setting": {"isr": [2, 2, 1, 1]}}

@@ -1,12 +1,14 @@
 """Learning rates and parameter groups of the papers."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from segtrain import UserError, create_network
+from segtrain.config import read_file
 from segtrain.training import AdamW, PolynomialSchedule
 from segtrain.weights.edaformer import OFFICIAL
 
@@ -28,6 +30,38 @@ def test_edaformer_groups_are_the_official_ones():
     assert ours.keys() == expected.keys()
     for name, values in expected.items():
         assert ours[name] == pytest.approx(values), name
+
+
+def test_segformer_groups_are_the_official_ones():
+    """OpenMMLab exempts names with ``norm`` from decay: not ``layers.i.2``, the stage norms."""
+    exempt = re.compile(
+        r"encoder\.stages\.\d\."
+        r"(embedding\.norm|blocks\.\d+\.norm[12]|blocks\.\d+\.attention\.norm)\.(weight|bias)"
+    )
+    values = read_file(Path("configs/optimizer/adamw_segformer.yaml"))
+    network = create_network("segformer_b0", num_classes=19)
+    optimizer = AdamW(**values).build(network)
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    exempted = 0
+    for name, parameter in network.named_parameters():
+        group = group_of.pop(id(parameter))
+        decay = 0.0 if exempt.fullmatch(name) else 0.01
+        exempted += not decay
+        assert group["weight_decay"] == pytest.approx(decay), name
+        learning_rate = 6e-4 if name.startswith("decoder.") else 6e-5
+        assert group["lr"] == pytest.approx(learning_rate), name
+    assert not group_of
+    # Weights and biases of 4 embeddings' norms, 2 in each of 8 blocks, 6 behind a reduction.
+    assert exempted == 2 * (4 + 2 * 8 + 6)
+
+
+def test_an_underscore_in_a_key_also_stands_for_a_dot():
+    rules = {"stages_0_norm": {"weight_decay_scale": 1.0}, "class_embed": {"weight_decay_scale": 2}}
+    optimizer = AdamW(6e-5, 0.01, groups=rules)
+    assert optimizer.rule_for("encoder.stages.0.norm.weight") == rules["stages_0_norm"]
+    assert optimizer.rule_for("decoder.class_embed.weight") == rules["class_embed"]
+    for other in ("encoder.stages.1.norm.weight", "encoder.stages.0.blocks.0.norm1.weight"):
+        assert optimizer.rule_for(other) == {}
 
 
 @pytest.mark.parametrize(
