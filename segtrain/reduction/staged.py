@@ -73,9 +73,7 @@ class StagedReduction(Setting):
 
     def __post_init__(self) -> None:
         if len(self.stages) != 4:
-            raise UserError(
-                f"'stages' of a setting are 4, for stages 1 to 4, not {len(self.stages)}"
-            )
+            raise UserError(f"'stages' of a setting is a list of 4, not of {len(self.stages)}")
         pools = list(self.isr) if isinstance(self.isr, tuple) else self.isr
         whole = isinstance(pools, list) and all(type(pool) is int and pool > 0 for pool in pools)
         if not whole or len(pools) != 4:
