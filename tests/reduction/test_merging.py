@@ -1,6 +1,7 @@
 """Merging against the official tensors, and what holds for any tokens."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,23 @@ def test_matching_is_the_same_in_training_and_without_gradients():
     assert torch.equal(merged, expected)
     merged.square().sum().backward()  # index sets made under inference_mode would fail here
     assert learnt.grad.abs().min() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="code generation needs a compiler")
+def test_compiled_merging_gives_the_same_values_and_gradients():
+    def through(tokens):
+        merge, unmerge = match_bipartite(tokens, (16, 16), (4, 4), 180)
+        merge_windows, unmerge_windows = match_windows((16, 16), (2, 2))
+        return unmerge(merge(tokens).sin()) + unmerge_windows(merge_windows(tokens))
+
+    tokens = torch.randn(2, 256, 32, requires_grad=True)
+    results = []
+    for function in (through, torch.compile(through, fullgraph=True)):
+        output = function(tokens)
+        (gradient,) = torch.autograd.grad(output.square().sum(), tokens)
+        results.append((output, gradient))
+    torch.testing.assert_close(results[1], results[0])
 
 
 def test_bfloat16_tokens_are_compared_and_averaged_in_float32():
