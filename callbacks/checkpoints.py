@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
+from callbacks.checkpoint_files import (
+    BEST,
+    LAST,
+    CheckpointFiles,
+    find_whole_checkpoint,
+    step_of,
+)
 from segtrain.errors import UserError
 from segtrain.training import log_metrics
 
@@ -20,10 +26,13 @@ MONITOR = "val/mIoU"
 class Checkpoints(Callback):
     """Writes ``last.ckpt``, ``best.ckpt`` and, if several are kept, ``step-000500.ckpt``.
 
+    The checkpoint that ``last.ckpt`` was before stays as ``previous.ckpt``. One that cannot be
+    written, on a full disk say, is a warning: the training goes on, and the next one is tried.
+
     ``last.ckpt`` follows every N optimiser steps and the end of the training; where a step is
     validated as well, after that validation, so that resuming does not repeat it. ``best.ckpt``
     holds the weights with the highest mIoU at the training setting, which is logged as
-    ``best/mIoU``. An interrupted training leaves the files of its last complete checkpoint.
+    ``best/mIoU``.
 
     Args:
         run_folder: the files go to its folder ``checkpoints``.
@@ -40,6 +49,7 @@ class Checkpoints(Callback):
         self.every = every
         self.keep = keep
         self.best = -math.inf
+        self.files = CheckpointFiles()
         self._written_step = -1
 
     def state_dict(self) -> dict[str, Any]:
@@ -51,8 +61,9 @@ class Checkpoints(Callback):
         self.best = state_dict["best"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make the folder."""
+        """Make the folder, and have the strategy write through ``files``."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        trainer.strategy.checkpoint_io = self.files
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the step from which a resumed run goes on as written."""
@@ -67,11 +78,7 @@ class Checkpoints(Callback):
         batch_idx: int,
     ) -> None:
         """Write every N steps, unless the validation of this step comes first."""
-        batches = trainer.fit_loop.total_batch_idx + 1
-        validates = (
-            trainer.enable_validation and batches % (trainer.val_check_batch or math.inf) == 0
-        )
-        if not validates and self._is_due(trainer):
+        if not validates_now(trainer) and self._is_due(trainer):
             self._write(trainer, self._due_names(trainer))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -79,18 +86,27 @@ class Checkpoints(Callback):
         if trainer.sanity_checking or trainer.state.fn is not TrainerFn.FITTING:
             return
         names = self._due_names(trainer) if self._is_due(trainer) else []
-        accuracy = float(trainer.callback_metrics[MONITOR])
+        accuracy, before = float(trainer.callback_metrics[MONITOR]), self.best
         if accuracy > self.best:
             self.best = accuracy
-            names.append("best.ckpt")
+            names.append(BEST)
         log_metrics(trainer, {"best/mIoU": self.best})
-        if names:
-            self._write(trainer, names)
+        if names and not self._write(trainer, names):
+            self.best = before  # of best.ckpt
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the end of a training that was told to stop before its last step."""
+        self.write_now(trainer)
+
+    def write_now(self, trainer: Trainer, provisional: bool = False) -> None:
+        """Write ``last.ckpt`` of this step, if it is not there; a collective.
+
+        A provisional one is written again after the validation of the step.
+        """
         if self._written_step != trainer.global_step:
             self._write(trainer, self._due_names(trainer))
+        if provisional:
+            self._written_step = -1
 
     def _is_due(self, trainer: Trainer) -> bool:
         step = trainer.global_step
@@ -98,26 +114,39 @@ class Checkpoints(Callback):
         return step != self._written_step and (step % self.every == 0 or step == trainer.max_steps)
 
     def _due_names(self, trainer: Trainer) -> list[str]:
-        self._written_step = trainer.global_step
-        return ["last.ckpt"] + ([f"step-{trainer.global_step:06d}.ckpt"] if self.keep != 1 else [])
+        return [LAST] + ([f"step-{trainer.global_step:06d}.ckpt"] if self.keep != 1 else [])
 
-    def _write(self, trainer: Trainer, names: list[str]) -> None:
-        temporary = self.folder / ".writing"
-        trainer.save_checkpoint(temporary, weights_only=False)  # collective
-        if not trainer.is_global_zero:
-            return
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        for name in names:
-            link = self.folder / ".linking"
-            link.unlink(missing_ok=True)
-            try:
-                os.link(temporary, link)
-            except OSError:  # a file system without hard links
-                shutil.copyfile(temporary, link)
-            link.replace(self.folder / name)
-        temporary.unlink()
-        if self.keep > 1:
+    def _write(self, trainer: Trainer, names: list[str]) -> bool:
+        """Write one checkpoint under several names; whether it is there, the same on all ranks."""
+        first, *others = names
+        trainer.save_checkpoint(self.folder / first, weights_only=False)
+        if trainer.is_global_zero:
+            for name in others:
+                if self.files.failure is None:
+                    self.files.copy(self.folder / first, self.folder / name)
+            if self.files.failure is not None:
+                self._warn(trainer.global_step)
+        # Rank zero alone writes; whether the step is still due has to be the same on all ranks.
+        if trainer.strategy.broadcast(self.files.failure) is not None:
+            return False
+        if LAST in names:
+            self._written_step = trainer.global_step
+        if trainer.is_global_zero and self.keep > 1:
             steps = sorted(self.folder.glob("step-*.ckpt"), key=lambda path: path.stat().st_mtime)
             for path in steps[: -self.keep]:
                 path.unlink()
+        return True
+
+    def _warn(self, step: int) -> None:
+        kept = find_whole_checkpoint(self.folder)
+        there = f"{kept} is of step {step_of(kept)}" if kept else "there is none before it"
+        warnings.warn(
+            f"checkpoint at step {step} could not be written ({self.files.failure}); {there}",
+            stacklevel=2,
+        )
+
+
+def validates_now(trainer: Trainer) -> bool:
+    """Whether a validation follows the training batch that has just ended."""
+    batches = trainer.fit_loop.total_batch_idx + 1
+    return trainer.enable_validation and batches % (trainer.val_check_batch or math.inf) == 0

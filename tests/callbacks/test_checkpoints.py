@@ -1,11 +1,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import itertools
+import os
+import shutil
+import zipfile
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 
+from callbacks.checkpoint_files import CheckpointFiles, find_whole_checkpoint
 from callbacks.checkpoints import Checkpoints
 from callbacks.cost_curve import CostCurve
 from callbacks.jsonl import ForgetLostSteps, JsonLinesLogger, append_rows, read_rows
@@ -124,17 +130,19 @@ def test_files_hold_plain_types_and_the_newest_are_kept(tmp_path, uninterrupted)
     folder = uninterrupted[0] / "checkpoints"
     names = {path.name for path in folder.iterdir()}
     steps = {"step-000002.ckpt", "step-000004.ckpt", "step-000006.ckpt"}
-    assert names == {"last.ckpt", "best.ckpt"} | steps
+    assert names == {"last.ckpt", "previous.ckpt", "best.ckpt"} | steps
     for name in names:
         checkpoint = torch.load(folder / name, weights_only=True)
         assert "network.decoder.fuse.weight" in checkpoint["state_dict"]
     assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 6
+    assert torch.load(folder / "previous.ckpt", weights_only=True)["global_step"] == 4
     fit(tmp_path / "two", keep=2)
     kept = {path.name for path in (tmp_path / "two" / "checkpoints").iterdir()}
-    assert kept == {"last.ckpt", "best.ckpt", "step-000004.ckpt", "step-000006.ckpt"}
+    files = {"last.ckpt", "previous.ckpt", "best.ckpt"}
+    assert kept == files | {"step-000004.ckpt", "step-000006.ckpt"}
     fit(tmp_path / "one", keep=1)
     kept = {path.name for path in (tmp_path / "one" / "checkpoints").iterdir()}
-    assert kept == {"last.ckpt", "best.ckpt"}
+    assert kept == files
 
 
 def test_best_is_remembered_over_a_resume(tmp_path, monkeypatch):
@@ -159,47 +167,133 @@ def test_best_is_remembered_over_a_resume(tmp_path, monkeypatch):
     assert best == [0.25, 0.5, 0.5, 0.5, 0.5, 0.75]
 
 
-@pytest.mark.parametrize("where", ["write", "rename"])
-def test_interrupted_writing_leaves_the_old_file_whole(tmp_path, monkeypatch, where):
-    class Breaks(Checkpoints):
-        def _write(self, trainer, names):
-            if trainer.global_step == 2:
-                if where == "write":  # half of the bytes
+def step_of(path):
+    return torch.load(path, weights_only=True)["global_step"]
 
-                    def save(path, weights_only):
-                        path.write_bytes(b"PK half a checkpoint")
-                        raise Interrupted
 
-                    monkeypatch.setattr(trainer, "save_checkpoint", save)
-                else:
+def train_to(folder, steps, resume=None):
+    trainer = create_trainer([Checkpoints(folder, every=1)], steps=steps, limit_val_batches=0)
+    trainer.fit(create_module(), TinyData(), ckpt_path=resume, weights_only=True)
 
-                    def link(*args):
-                        raise Interrupted
 
-                    monkeypatch.setattr("callbacks.checkpoints.os.link", link)
-            super()._write(trainer, names)
+@pytest.mark.parametrize("at", ["save", "fsync", "link", "replace"])
+def test_interrupted_writing_leaves_whole_files(tmp_path, monkeypatch, at):
+    """In the middle of the third checkpoint, wherever that is."""
+    folder = tmp_path / "checkpoints"
+    train_to(tmp_path, 2)
+    assert {path.name: step_of(path) for path in folder.iterdir()} == {
+        "last.ckpt": 2,
+        "previous.ckpt": 1,
+    }
 
-    trainer = create_trainer([Breaks(tmp_path, every=1)], steps=3, limit_val_batches=0)
-    with pytest.raises(Interrupted):
-        trainer.fit(create_module(), TinyData())
-    last = tmp_path / "checkpoints" / "last.ckpt"
-    assert torch.load(last, weights_only=True)["global_step"] == 1
-    monkeypatch.undo()
-    trainer = create_trainer([Checkpoints(tmp_path, every=1)], steps=3, limit_val_batches=0)
-    trainer.fit(create_module(), TinyData(), ckpt_path=last, weights_only=True)
-    assert torch.load(last, weights_only=True)["global_step"] == 3
-    assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
+    def interrupt(*args):
+        raise Interrupted
+
+    def save(checkpoint, file):
+        file.write(b"PK half a checkpoint")
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        files = "callbacks.checkpoint_files"
+        if at == "save":
+            patch.setattr(f"{files}.torch.save", save)
+        elif at == "replace":
+            patch.setattr(f"{files}.Path.replace", interrupt)
+        else:
+            patch.setattr(f"{files}.os.{at}", interrupt)
+        with pytest.raises(Interrupted):
+            train_to(tmp_path, 3, folder / "last.ckpt")
+    assert {path.name: step_of(path) for path in folder.iterdir()} == {
+        "last.ckpt": 2,
+        "previous.ckpt": 1,
+    }
+    train_to(tmp_path, 3, folder / "last.ckpt")
+    assert {path.name: step_of(path) for path in folder.iterdir()} == {
+        "last.ckpt": 3,
+        "previous.ckpt": 2,
+    }
 
 
 def test_file_system_without_links(tmp_path, monkeypatch):
     def link(*args):
         raise OSError
 
-    monkeypatch.setattr("callbacks.checkpoints.os.link", link)
-    trainer = create_trainer([Checkpoints(tmp_path, every=2)], steps=2, limit_val_batches=0)
-    trainer.fit(create_module(), TinyData())
-    last = tmp_path / "checkpoints" / "last.ckpt"
-    assert torch.load(last, weights_only=True)["global_step"] == 2
+    monkeypatch.setattr("callbacks.checkpoint_files.os.link", link)
+    train_to(tmp_path, 2)
+    assert {path.name: step_of(path) for path in (tmp_path / "checkpoints").iterdir()} == {
+        "last.ckpt": 2,
+        "previous.ckpt": 1,
+    }
+
+
+def test_a_best_checkpoint_that_cannot_be_written_is_tried_again(tmp_path, monkeypatch):
+    values = iter([0.5, 0.25, 0.375])
+    monkeypatch.setattr(
+        "segtrain.training.module.mean_iou", lambda matrix: torch.tensor(next(values))
+    )
+
+    class Full(CheckpointFiles):
+        """A disk that is full at the first attempt."""
+
+        attempts = 0
+
+        def save_checkpoint(self, checkpoint, path, storage_options=None):
+            Full.attempts += 1
+            with monkeypatch.context() as patch:
+                if Full.attempts == 1:
+                    patch.setattr("torch.save", full_disk)
+                super().save_checkpoint(checkpoint, path, storage_options)
+
+    def full_disk(checkpoint, file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    callback = Checkpoints(tmp_path, every=1)
+    callback.files = Full()
+    trainer = create_trainer([callback], steps=3, validate_every=1)
+    with pytest.warns(UserWarning, match=r"step 1 could not .* \(No space left on device\); there"):
+        trainer.fit(create_module(), TinyData())
+    assert step_of(tmp_path / "checkpoints" / "best.ckpt") == 3  # 0.25, then 0.375
+    assert callback.best == 0.375
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def other(path):
+    path.write_text("no checkpoint")
+
+
+def archive(path):
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("notes.txt", "no checkpoint")
+
+
+@pytest.mark.parametrize("harm", [cut, flip, empty, other, archive])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, uninterrupted, capsys, harm):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(uninterrupted[0] / "checkpoints", folder)
+    assert find_whole_checkpoint(folder) == folder / "last.ckpt"
+    assert capsys.readouterr().err == ""
+    for damaged, next_one in itertools.pairwise(
+        ["last.ckpt", "step-000006.ckpt", "step-000004.ckpt", "step-000002.ckpt", "previous.ckpt"]
+    ):
+        harm(folder / damaged)
+        assert find_whole_checkpoint(folder) == folder / next_one
+        assert f"{folder / damaged} is damaged" in capsys.readouterr().err
+    harm(folder / "previous.ckpt")
+    assert find_whole_checkpoint(folder) is None
+    assert find_whole_checkpoint(tmp_path / "nowhere") is None
 
 
 @pytest.mark.parametrize("arguments", [{"every": 0}, {"keep": 0}, {"keep": -2}])
