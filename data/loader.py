@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,7 +38,15 @@ def automatic_workers(ranks_here: int) -> int:
     return max(0, min(_MOST_WORKERS, cores // ranks_here - 1))
 
 
-def use_one_thread(worker_id: int) -> None:
-    """OpenCV and PyTorch would otherwise start one thread per core in every worker."""
+def prepare_worker(worker_id: int) -> None:
+    """Load with one thread, and leave it to the rank to act on signals.
+
+    OpenCV and PyTorch would otherwise start one thread per core in every worker. A scheduler
+    signals every process of a job; a worker that ended would take its rank along before that could
+    write a checkpoint.
+    """
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    # One that hangs can still be ended, by a second SIGTERM.
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))

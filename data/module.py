@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from data.classes import IGNORE_INDEX, ClassTable
 from data.dataset import EvaluationImages, TrainingImages, collate_evaluation, load_label
 from data.files import Place, Split
-from data.loader import SegmentationLoader, automatic_workers, use_one_thread
+from data.loader import SegmentationLoader, automatic_workers, prepare_worker
 from data.sampling import EndlessBatchSampler, RankSampler
 from data.transforms import keep_ratio_size, training_transform
 from segtrain.errors import UserError
@@ -282,6 +282,6 @@ class SegmentationData(lightning.LightningDataModule, ABC):
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=use_one_thread,
+            worker_init_fn=prepare_worker,
             **options,
         )

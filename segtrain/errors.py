@@ -1,4 +1,4 @@
-"""The error for a person's slip, and the suggestion that goes with it. Imports nothing heavy."""
+"""Errors that end the command line in one line, and suggestions. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -11,6 +11,19 @@ class UserError(ValueError):
 
     The command line prints the message without a traceback and exits with status 2.
     """
+
+
+class Stopped(Exception):
+    """A run ended in order before its last step; the message says why, and how to go on.
+
+    Args:
+        message: empty on ranks other than zero.
+        status: of the process.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import run_folder
 import train
 
 ROOT = Path(train.__file__).parent
@@ -38,11 +39,13 @@ def small(tmp_path_factory):
 
 @pytest.fixture
 def in_folder(tmp_path, monkeypatch):
-    """A folder to run in; the name of a run is not handed on to the next test."""
+    """A folder to run in; what a run leaves in the environment does not reach the next test."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv(train.RUN_NAME, raising=False)
+    environment = {name: value for name, value in os.environ.items() if name != run_folder.RUN_NAME}
+    os.environ.pop(run_folder.RUN_NAME, None)
     yield tmp_path
-    monkeypatch.delenv(train.RUN_NAME, raising=False)
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 @pytest.fixture
