@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from callbacks.jsonl import CURVE, append_rows, read_rows
-from callbacks.tracking import wandb_runs
+from callbacks.tracking import wandb_errors_as_warnings, wandb_runs
 from segtrain import Cost, Network, UserError, measure_cost
 from segtrain.metrics import (
     ConfusionMatrix,
@@ -21,20 +22,22 @@ from segtrain.metrics import (
     pixel_accuracy,
 )
 from segtrain.reduction import Setting
-from segtrain.training import SegmentationModule, log_metrics
+from segtrain.training import FullySharded, SegmentationModule, log_metrics
+
+CHART_ROWS = 10_000  # W&B keeps the first ones of a longer table, and drops the newest
 
 
 class CostCurve(Callback):
     """Scores every validation batch under each setting of the network; reads no data of its own.
 
-    The module has scored the batch at the training setting; this callback reuses that prediction
-    and adds one forward pass for each other setting. A validation ends in one row per setting, in
-    ``curve.jsonl``, in ``rows`` and in every tracker.
+    The module has scored the batch at its own setting, the training setting of a run that trains;
+    this callback reuses that prediction and adds one forward pass for each other setting. A
+    validation ends in one row per setting, in ``curve.jsonl``, in ``rows`` and in every tracker.
 
     Args:
         run_folder: where ``curve.jsonl`` is written.
         settings: names of the network's settings, or plain values of others; None takes all that
-            the network publishes. The training setting is always among them, first.
+            the network publishes. The module's own setting is always among them, first.
         every: score each n-th validation; the last one of a training is always scored.
         limit_batches: score this many batches of each rank; None scores all.
         latency: whether to time the network, too, next to counting.
@@ -82,8 +85,11 @@ class CostCurve(Callback):
         network = self._module.network
         chosen = network.settings.values() if self.chosen is None else self.chosen
         self._settings = resolve_settings(
-            network, [network.training_setting, *chosen], "callbacks.cost_curve.settings"
+            network, [self._module.setting, *chosen], "callbacks.cost_curve.settings"
         )
+        # Costs are measured on rank zero alone, where nothing could be gathered from the others.
+        sharded = isinstance(trainer.strategy, FullySharded) and trainer.is_global_zero
+        self._measured = copy.deepcopy(network).cpu() if sharded else network
         self._confusion = ConfusionMatrix(network.num_classes, len(self._settings))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -153,7 +159,7 @@ class CostCurve(Callback):
                 "step": trainer.global_step,
                 "setting": setting.name,
                 "values": setting.values,
-                "training_setting": index == 0,
+                "training_setting": setting == self._module.network.training_setting,
                 "mIoU": accuracy[index],
                 "pixel_accuracy": pixels[index],
                 "IoU": dict(zip(names, classes[index], strict=True)),
@@ -171,7 +177,7 @@ class CostCurve(Callback):
         if key not in self._costs:
             with trainer.precision_plugin.val_step_context():
                 self._costs[key] = measure_cost(
-                    self._module.network, size, setting, device, latency=self.latency
+                    self._measured, size, setting, device, latency=self.latency
                 )
         cost = self._costs[key]
         low, high = cost.latency_spread_ms or (None, None)
@@ -190,24 +196,9 @@ class CostCurve(Callback):
 
     def _log_charts(self, trainer: Trainer) -> None:
         for run in wandb_runs(trainer):
-            import wandb
-
-            kept = ("step", "setting", "mIoU", "pixel_accuracy", "on_front")
-            costs = ("gmacs", "latency_ms", "parameters", "peak_memory_mib")
-            cells = [[row[k] for k in kept] + [row["cost"][c] for c in costs] for row in self.rows]
-            table = wandb.Table(columns=[*kept, *costs], data=cells)
-            charts: dict[str, Any] = {"curve/table": table}
-            for cost, title in (("gmacs", "GMACs"), ("latency_ms", "latency in ms")):
-                if self.rows[-1]["cost"][cost] is not None:
-                    lines = _lines(self.rows, cost)
-                    charts[f"curve/mIoU_vs_{cost.removesuffix('_ms')}"] = wandb.plot.line_series(
-                        xs=[[x for x, _ in line] for line in lines.values()],
-                        ys=[[y for _, y in line] for line in lines.values()],
-                        keys=[f"step {step}" for step in lines],
-                        title=f"mIoU against {title}, one line per validation",
-                        xname=title,
-                    )
-            run.log({**charts, "trainer/global_step": trainer.global_step})
+            with wandb_errors_as_warnings("the curve"):
+                charts = _charts(self.rows[-CHART_ROWS:])
+                run.log({**charts, "trainer/global_step": trainer.global_step})
 
 
 def resolve_settings(
@@ -250,6 +241,27 @@ def _scalars(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         if row["cost"]["latency_ms"] is not None:
             scalars[f"cost/latency_ms/{row['setting']}"] = row["cost"]["latency_ms"]
     return scalars
+
+
+def _charts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What W&B draws of the curve."""
+    import wandb
+
+    kept = ("step", "setting", "mIoU", "pixel_accuracy", "on_front")
+    costs = ("gmacs", "latency_ms", "parameters", "peak_memory_mib")
+    cells = [[row[k] for k in kept] + [row["cost"][c] for c in costs] for row in rows]
+    charts: dict[str, Any] = {"curve/table": wandb.Table(columns=[*kept, *costs], data=cells)}
+    for cost, title in (("gmacs", "GMACs"), ("latency_ms", "latency in ms")):
+        if rows[-1]["cost"][cost] is not None:
+            lines = _lines(rows, cost)
+            charts[f"curve/mIoU_vs_{cost.removesuffix('_ms')}"] = wandb.plot.line_series(
+                xs=[[x for x, _ in line] for line in lines.values()],
+                ys=[[y for _, y in line] for line in lines.values()],
+                keys=[f"step {step}" for step in lines],
+                title=f"mIoU against {title}, one line per validation",
+                xname=title,
+            )
+    return charts
 
 
 def _lines(rows: Sequence[Mapping[str, Any]], cost: str) -> dict[int, list[tuple[float, float]]]:

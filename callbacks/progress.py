@@ -137,7 +137,7 @@ class Progress(Callback):
 
 def curve_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The rows of one validation as a table: cost and accuracy of each setting."""
-    full = next(row for row in rows if row["training_setting"])
+    full = rows[0]
     table = Table(title=f"step {full['step']}: accuracy against cost", title_justify="left")
     table.add_column("setting")
     for column in ("GMACs", "latency", "mIoU", "change"):

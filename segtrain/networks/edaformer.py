@@ -191,6 +191,7 @@ class EDAFormer(Network):
 
     setting_type = InferenceSpatialReduction
     setting: InferenceSpatialReduction
+    block_types = (Block,)
 
     def __init__(
         self,

@@ -27,6 +27,9 @@ class Network(nn.Module):
     setting_type: ClassVar[type[Setting]] = Setting
     #: Whether the cost of a setting depends on what the image shows.
     data_dependent: ClassVar[bool] = False
+    #: Classes of the modules that repeat, the units that are sharded and recomputed one at a time.
+    #: They are called, and nothing else reads their parameters.
+    block_types: ClassVar[tuple[type[nn.Module], ...]] = ()
     #: Whether to compute the way the authors' code does, where ours gives the same scores with
     #: fewer operations; to count theirs.
     as_published: bool = False
@@ -39,6 +42,11 @@ class Network(nn.Module):
         self.stride = stride
         self.settings: dict[str, Setting] = {setting.name: setting for setting in settings}
         self.setting: Setting = settings[0]
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The modules of ``block_types``, outer ones before what they hold."""
+        return [module for module in self.modules() if isinstance(module, self.block_types)]
 
     @property
     def training_setting(self) -> Setting:

@@ -219,6 +219,7 @@ class SegFormer(Network):
 
     setting_type = StagedReduction
     setting: StagedReduction
+    block_types = (Block,)
 
     def __init__(
         self,
