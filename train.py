@@ -2,7 +2,7 @@
 
 python train.py                                    # the embedded data, minutes on a CPU
 python train.py experiment=edaformer_tiny_ade20k data.root=FOLDER trainer.devices=8
-python train.py resume=runs/NAME
+python train.py resume=runs/NAME                    # or FILE.ckpt, or wandb:entity/project/RUN_ID
 python train.py --help
 """
 
@@ -11,15 +11,21 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import signal
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from segtrain.config import ComposedConfig, compose, help_text, to_yaml
-from segtrain.config.files import read_file
-from segtrain.errors import UserError, check_arguments
+from run_folder import ResumedRun, check_resumed, choose_folder, find_run, taken
+from segtrain.config import (
+    ComposedConfig,
+    compose,
+    help_text,
+    list_changes,
+    to_yaml,
+)
+from segtrain.errors import Stopped, UserError, check_arguments
 
 if TYPE_CHECKING:
     from lightning import Trainer
@@ -28,70 +34,123 @@ if TYPE_CHECKING:
     from segtrain.training import SegmentationModule
 
 CONFIGS = Path(__file__).parent / "configs"
-#: Tells the processes that the first one starts which name it chose for the run.
-RUN_NAME = "SEGTRAIN_RUN_NAME"
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command line; returns its status: 0, 2 for a user's slip, 130 if interrupted."""
+    """Run the command line.
+
+    Returns:
+        Its status: 0; 2 for a user's slip; 3 for a loss that is not finite; 130 if interrupted;
+        128 + N if stopped by the signal N, 138 (SIGUSR1) or 143 (SIGTERM). Of several processes,
+        the first one tells.
+    """
     try:
-        composed = compose(arguments, CONFIGS)
-        if composed.show == "help":
-            print(help_text(composed, CONFIGS))
-        elif composed.show == "cfg":
-            print(to_yaml(composed.values), end="")
-        else:
-            run(composed)
+        with find_run(arguments) as resumed:
+            composed = compose(arguments, CONFIGS, resumed.folder if resumed else None)
+            if composed.show == "help":
+                print(help_text(composed, CONFIGS))
+            elif composed.show == "cfg":
+                print(to_yaml(composed.values), end="")
+            else:
+                run(composed, resumed)
     except UserError as error:
         if os.environ.get("SEGTRAIN_DEBUG"):
             raise
         print(f"segtrain: error: {error}", file=sys.stderr)
         return 2
+    except Stopped as end:
+        if str(end):
+            print(f"segtrain: {end}", file=sys.stderr)
+        return end.status
     except KeyboardInterrupt as interrupt:
         print(f"segtrain: interrupted; {interrupt}".rstrip("; "), file=sys.stderr)
         return 130
     return 0
 
 
-def run(composed: ComposedConfig) -> None:
+def run(composed: ComposedConfig, resumed: ResumedRun | None = None) -> None:
     """Fit or validate what the configuration describes."""
     config = composed.values
+    if resumed is not None:
+        check_resumed(composed, resumed)
     check_files(config)
-    folder = choose_folder(config)
+    folder = choose_folder(config, resumed)
 
     import torch
     from lightning import seed_everything
 
+    from callbacks.checkpoint_files import find_whole_checkpoint, step_of
     from data import create_data_module
+    from segtrain.training import NonFiniteLoss
 
     quiet_libraries()
+    checkpoint = None
+    if resumed is not None:
+        from callbacks.resume import find_checkpoint, say
+
+        named = {"name": None, "resume": None}
+        changes = list_changes((composed.resumed or {}) | named, config | named)
+        if changes:
+            say(changes)
+        steps = config["schedule"]["steps"]
+        checkpoint = find_checkpoint(resumed.folder, resumed.checkpoint, steps, folder)
 
     data_module = create_data_module(**config["data"])
     data_module.check(["val"] if config["task"] == "validate" else ["train", "val"])
     torch.set_float32_matmul_precision(config["matmul_precision"])
     seed_everything(config["seed"], workers=True, verbose=False)
-    module = build_module(config, data_module)
-    trainer = build_trainer(config, folder)
+    module = build_module(config, data_module, load=checkpoint is None)
+    trainer = build_trainer(config, folder, resumed)
     try:
         if config["task"] == "validate":
             trainer.validate(module, data_module, verbose=False)
         else:
-            last = folder / "checkpoints" / "last.ckpt"
-            resumed = last if config["resume"] is not None and last.exists() else None
-            trainer.fit(module, data_module, ckpt_path=resumed, weights_only=True)
+            if resumed is not None and checkpoint is not None:
+                checkpoint = folder / checkpoint.relative_to(resumed.folder)
+            trainer.fit(module, data_module, ckpt_path=checkpoint, weights_only=True)
+            say_if_stopped(trainer, folder)
+    except NonFiniteLoss as error:
+        good = find_whole_checkpoint(folder / "checkpoints")
+        last_good = f"{good} is of step {step_of(good)}" if good else "there is no checkpoint yet"
+        raise stopped(trainer, f"{error}; {last_good}", status=3) from error
     except SystemExit:
         if trainer.interrupted:  # Lightning leaves so after Ctrl-C
             raise KeyboardInterrupt(f"resume={folder} goes on with it") from None
         raise
 
 
+def say_if_stopped(trainer: Trainer, folder: Path) -> None:
+    """Raise Stopped if a signal has ended the training."""
+    from callbacks import StopOnSignal
+
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, StopOnSignal) and callback.stopped_by is not None:
+            by = f"{signal.Signals(callback.stopped_by).name} at step {trainer.global_step}"
+            line = f"stopped by {by}; resume={folder} goes on with it"
+            raise stopped(trainer, line, status=128 + callback.stopped_by)
+
+
+def stopped(trainer: Trainer, line: str, status: int) -> Stopped:
+    """How this process ends.
+
+    A rank other than zero says nothing and ends with 0: a launcher that sees another status kills
+    rank zero, which may still be sending what it has tracked.
+    """
+    return Stopped(line, status) if trainer.is_global_zero else Stopped("", 0)
+
+
 def check_files(config: dict[str, Any]) -> None:
     """Raise UserError for what the run would miss only after minutes of preparation."""
     for key in ("ckpt", "weights", "encoder_weights"):
-        if config[key] is not None and not Path(config[key]).exists():
+        # A run that goes on has its weights in its checkpoint.
+        if config[key] is not None and config["resume"] is None and not Path(config[key]).exists():
             raise UserError(f"{key}={config[key]}: there is no such file")
     if config["task"] == "validate" and config["ckpt"] is None and config["weights"] is None:
         raise UserError("task=validate needs the weights to score: ckpt=FILE or weights=FILE")
+    if config["setting"] is not None and config["task"] != "validate":
+        raise UserError(
+            "setting= goes with task=validate; weights are trained under model.training_setting"
+        )
     schedule = config["schedule"]
     if schedule["steps"] % min(schedule["validate_every"], schedule["steps"]):
         raise UserError(
@@ -101,57 +160,39 @@ def check_files(config: dict[str, Any]) -> None:
         )
 
 
-def choose_folder(config: dict[str, Any]) -> Path:
-    """The run's folder, the same on all ranks; it is made once nothing can be refused any more.
-
-    Raises:
-        UserError: a run of that name exists, its name would differ between processes, or the
-            stopped run that should go on had another network or other data.
-    """
-    if config["resume"] is not None:
-        folder = Path(config["resume"])
-        saved = read_file(folder / "config.yaml")
-        for key in ("model", "data"):
-            if config[key]["name"] != saved[key]["name"]:
-                raise UserError(
-                    f"resume={folder}: that run has {key}={saved[key]['name']}; "
-                    f"start a new one for {key}={config[key]['name']}"
-                )
-        return folder
-    if "LOCAL_RANK" in os.environ and RUN_NAME in os.environ:
-        return Path("runs") / os.environ[RUN_NAME]
-    environment = os.environ
-    processes = int(environment.get("WORLD_SIZE") or environment.get("SLURM_NTASKS") or 1)
-    rank = int(environment.get("RANK") or environment.get("SLURM_PROCID") or 0)
-    if config["name"] is None and processes > 1:
-        raise UserError("name=NAME is needed where each process is started from outside")
-    default = f"{config['model']['name']}-{config['data']['name']}-{time.strftime('%Y%m%d-%H%M%S')}"
-    environment[RUN_NAME] = config["name"] or default
-    folder = Path("runs") / environment[RUN_NAME]
-    if rank == 0 and folder.exists():
-        raise taken(folder)
-    return folder
-
-
-def taken(folder: Path) -> UserError:
-    """The error of a run whose folder is there already."""
-    return UserError(f"{folder} exists: resume={folder} goes on with it, name= gives another")
+def asked_settings(config: dict[str, Any]) -> list[Any]:
+    """What ``setting=`` asks for, in its order; nothing without it."""
+    setting = config["setting"]
+    if setting is None:
+        return []
+    return setting if isinstance(setting, list) else [setting]
 
 
 def quiet_libraries() -> None:
     """Keep advice that no user of segtrain can act on off the screen."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
+    # Of depthwise kernels, whose channels last or first are the same memory.
+    warnings.filterwarnings("ignore", "(?s).*Grad strides do not match bucket view strides")
     warnings.showwarning = lambda message, *_: print(
         f"segtrain: warning: {message}", file=sys.stderr
     )
 
 
-def build_module(config: dict[str, Any], data_module: SegmentationData) -> SegmentationModule:
-    """The network with its weights, and all that trains it."""
+def build_module(
+    config: dict[str, Any], data_module: SegmentationData, load: bool = True
+) -> SegmentationModule:
+    """The network and all that trains it.
+
+    Args:
+        config: composed.
+        data_module: what it trains on.
+        load: whether to load the weights that the configuration names.
+    """
     import torch
     from lightning.pytorch.utilities import rank_zero_warn
 
+    from callbacks.cost_curve import resolve_settings
     from segtrain import create_network, load_weights
     from segtrain.inference import Inference
     from segtrain.training import (
@@ -163,12 +204,13 @@ def build_module(config: dict[str, Any], data_module: SegmentationData) -> Segme
     )
 
     network = create_network(**config["model"], num_classes=data_module.num_classes)
-    if config["encoder_weights"] is not None:
+    if config["encoder_weights"] is not None and load:
         load_weights(network, config["encoder_weights"], backbone_only=True)
     for key in ("weights", "ckpt"):
-        if config[key] is not None:
+        if config[key] is not None and load:
             for note in load_weights(network, config[key]).notes:
                 rank_zero_warn(note)
+    settings = resolve_settings(network, asked_settings(config), "setting")
     criterion = dict(config["criterion"])
     class_weights = criterion["class_weights"]
     if config["task"] == "validate":
@@ -189,22 +231,39 @@ def build_module(config: dict[str, Any], data_module: SegmentationData) -> Segme
         Inference(**config["inference"]),
         log_every=config["schedule"]["log_every"],
         compile=config["compile"],
+        nonfinite=config["nonfinite"],
+        activation_checkpointing=config["activation_checkpointing"],
+        setting=settings[0] if settings else None,
         config=config,
     )
 
 
-def build_trainer(config: dict[str, Any], folder: Path) -> Trainer:
+def build_trainer(
+    config: dict[str, Any], folder: Path, resumed: ResumedRun | None = None
+) -> Trainer:
     """Lightning's Trainer with the run's loggers and callbacks; counts optimiser steps only."""
     from lightning import Trainer
     from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
     from lightning.pytorch.utilities import rank_zero_only
 
-    from callbacks import create_callbacks, create_loggers, write_run_record
+    from callbacks import check_tracking, create_callbacks, create_loggers, write_run_record
+    from segtrain.training import FullySharded
 
     check_arguments("trainer", config["trainer"], inspect.signature(Trainer).parameters)
+    check_tracking(config["tracking"])
     schedule = config["schedule"]
     validate_every = min(schedule["validate_every"], schedule["steps"])
-    callbacks = create_callbacks(config["callbacks"], folder)
+    section = dict(config["callbacks"])
+    if section.get("cost_curve") is not None and asked_settings(config):
+        section["cost_curve"] = section["cost_curve"] | {"settings": asked_settings(config)}
+    callbacks = create_callbacks(section, folder)
+    options = dict(config["trainer"])
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        # Lightning would write a checkpoint and requeue the job in the middle of a step.
+        options["plugins"] = [SLURMEnvironment(auto_requeue=False)]
+    if options.get("strategy") == "fsdp2":
+        options["strategy"] = FullySharded(options.pop("sync_batchnorm", False))
     try:
         trainer = Trainer(
             max_steps=schedule["steps"],
@@ -221,21 +280,26 @@ def build_trainer(config: dict[str, Any], folder: Path) -> Trainer:
             default_root_dir=folder,
             logger=False,
             callbacks=callbacks,
-            **config["trainer"],
+            **options,
         )
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise UserError(f"trainer: {str(error).strip().splitlines()[0]}") from error
 
-    wandb_id = None
+    record = None
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         try:
-            folder.mkdir(parents=True, exist_ok=config["resume"] is not None)
+            if resumed is not None and resumed.brought:
+                resumed.folder.rename(folder)
+            folder.mkdir(parents=True, exist_ok=resumed is not None)
         except FileExistsError:
             raise taken(folder) from None
-        (folder / "config.yaml").write_text(to_yaml(config | {"resume": None}), encoding="utf-8")
-        wandb_id = write_run_record(folder, folder.name, sys.argv)["wandb_id"]
+        # A run that is killed here keeps the configuration that it had.
+        temporary = folder / ".config.yaml.writing"
+        temporary.write_text(to_yaml(config | {"resume": None}), encoding="utf-8")
+        temporary.replace(folder / "config.yaml")
+        record = write_run_record(folder, folder.name, sys.argv)
     # Last, because Weights & Biases starts a run here.
-    trainer.loggers = create_loggers(config["tracking"], folder, folder.name, wandb_id, config)
+    trainer.loggers = create_loggers(config["tracking"], folder, record, config)
     return trainer
 
 

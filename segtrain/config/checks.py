@@ -13,6 +13,7 @@ from segtrain.errors import UserError, did_you_mean
 UNIONS: dict[str, object] = {
     "name": str | None,
     "resume": str | None,
+    "setting": str | dict | list | None,
     "ckpt": str | None,
     "weights": str | None,
     "encoder_weights": str | None,
@@ -26,6 +27,7 @@ UNIONS: dict[str, object] = {
     "model.training_setting": str | dict,
     "callbacks.cost_curve.limit_batches": int | None,
     "callbacks.cost_curve.settings": list | None,
+    "callbacks.ema": dict | None,
     "callbacks.pictures.settings": list | None,
     "tracking.entity": str | None,
     "tracking.group": str | None,
@@ -43,6 +45,7 @@ WORDS = {
     "data.variant": ("10k", "164k"),
     "data.workers": ("auto",),
     "inference.mode": ("slide", "whole"),
+    "nonfinite": ("skip", "stop"),
     "matmul_precision": ("high", "highest", "medium"),
     "tracking.mode": ("auto", "disabled", "offline", "online"),
 }

@@ -23,16 +23,33 @@ class ComposedConfig:
         overrides: the arguments as given.
         choices: group -> names, for the groups chosen on the command line.
         show: what to print instead of running, if anything.
+        resumed: the configuration of the run that goes on, as it was saved; None without `resume=`.
     """
 
     values: dict[str, Any]
     overrides: list[str]
     choices: Choices
     show: Literal["help", "cfg"] | None
+    resumed: dict[str, Any] | None = None
 
 
-def compose(arguments: list[str], folder: Path) -> ComposedConfig:
+def last_value(arguments: list[str], key: str) -> str | None:
+    """The text that the command line gives to a key; None without one, or for null.
+
+    Raises:
+        UserError: an argument cannot be read.
+    """
+    texts = [argument.text for argument in parse_arguments(arguments)[1] if argument.key == key]
+    return texts[-1] if texts and texts[-1] not in ("", "null", "None") else None
+
+
+def compose(arguments: list[str], folder: Path, run: Path | None = None) -> ComposedConfig:
     """Composes the configuration that the arguments ask for, from the files in `folder`.
+
+    Args:
+        arguments: of the command line.
+        folder: `configs/`.
+        run: the folder of the run that `resume=` names, where its value is not that folder itself.
 
     Raises:
         UserError: a mistake in the arguments or in a file, as one line that names the key, the
@@ -45,7 +62,7 @@ def compose(arguments: list[str], folder: Path) -> ComposedConfig:
     chosen: Choices = {}
     overrides = []
     saved: Path | None = None
-    resumed: Path | None = None
+    resumed = _config_of_run(last_value(arguments, "resume"), run)
     for argument in parsed:
         if argument.sign and argument.key in ("config", "experiment"):
             raise UserError(f"write {argument.key}=value, without '{argument.sign}'")
@@ -54,9 +71,10 @@ def compose(arguments: list[str], folder: Path) -> ComposedConfig:
         elif argument.key in (*choices, "experiment") and not _gives_values(argument):
             chosen[argument.key] = _chosen_names(argument)
         else:
-            if argument.key == "resume" and saved is None:
-                saved = resumed = _config_of_run(argument.text)
             overrides.append(argument)
+    if saved and resumed:
+        raise UserError("config= does not go with resume=, which has its own")
+    saved = saved or resumed
     if saved is None and not chosen.get("experiment"):
         saved = _config_beside_checkpoint(overrides)
     if saved and chosen.get("experiment"):
@@ -79,7 +97,8 @@ def compose(arguments: list[str], folder: Path) -> ComposedConfig:
             composition.override(key, value, source)
     for argument in overrides:
         _apply(composition, argument)
-    return ComposedConfig(composition.resolve(), arguments, chosen, show)
+    before = read_file(resumed) if resumed else None
+    return ComposedConfig(composition.resolve(), arguments, chosen, show, before)
 
 
 def _names(choice: Any) -> list[str]:
@@ -99,10 +118,10 @@ def _chosen_names(argument: Argument) -> list[str]:
     return _names(value if isinstance(value, list) else argument.text)
 
 
-def _config_of_run(folder: str) -> Path | None:
-    if folder in ("", "null", "None"):
+def _config_of_run(folder: str | None, run: Path | None) -> Path | None:
+    if folder is None:
         return None
-    file = Path(folder) / "config.yaml"
+    file = (run or Path(folder)) / "config.yaml"
     if not file.is_file():
         runs = [run.parent.name for run in Path(folder).parent.glob("*/config.yaml")]
         raise UserError(

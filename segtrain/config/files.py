@@ -12,8 +12,13 @@ from yaml import MarkedYAMLError, YAMLError
 from segtrain.errors import UserError, did_you_mean
 
 
-def read_file(file: Path) -> dict[str, Any]:
+def read_file(file: Path, dotted: bool = False) -> dict[str, Any]:
     """The mapping in a YAML file, interpolations unresolved.
+
+    Args:
+        file: its path.
+        dotted: whether keys may have dots in them, as those of a sweep's parameters have; in a
+            configuration that is a slip.
 
     Raises:
         UserError: the file is not there, is not YAML or holds no mapping.
@@ -32,6 +37,8 @@ def read_file(file: Path) -> dict[str, Any]:
     if not isinstance(content, DictConfig):
         raise UserError(f"{shown(file)}: expected 'key: value' lines, found a list")
     values: dict[str, Any] = none_is_null(OmegaConf.to_container(content))
+    if not dotted:
+        _check_keys(values, file)
     return values
 
 
@@ -49,6 +56,14 @@ def read_value(key: str, text: str) -> Any:
         raise UserError(f"cannot read {key}={text!r}: not a valid interpolation") from error
     assert isinstance(content, dict)
     return none_is_null(content["value"])
+
+
+def _check_keys(values: dict[str, Any], file: Path) -> None:
+    for key, value in values.items():
+        if "." in str(key):
+            raise UserError(f"{shown(file)}: '{key}' is no key: each part is a section of its own")
+        if isinstance(value, dict):
+            _check_keys(value, file)
 
 
 def none_is_null(value: Any) -> Any:

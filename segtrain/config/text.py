@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from segtrain.config.compose import ComposedConfig
+from segtrain.config.composition import flat
 from segtrain.config.files import choice_file, list_choices, read_file
 
 _USAGE = """\
@@ -18,7 +20,8 @@ usage: train.py [group=name ...] [experiment=name] [key=value ...] [--cfg] [--he
   model=edaformer_tiny         take a file of a group; callbacks=[a,b] merges several
   experiment=name              take a published recipe, before the other arguments
   schedule.steps=2000          override a key (+model.key=2 adds one, ~callbacks.report removes)
-  resume=runs/NAME             go on with a stopped run
+  resume=runs/NAME             go on with a stopped run, also resume=FILE.ckpt
+                               or resume=wandb:entity/project/RUN_ID[:alias]
   config=runs/NAME/config.yaml repeat a run
   task=validate ckpt=FILE      score a checkpoint under all its settings
   --cfg                        print the composed configuration and stop
@@ -33,6 +36,29 @@ examples:
 def to_yaml(values: dict[str, Any]) -> str:
     """The YAML text of composed values; read again, it gives the same values."""
     return OmegaConf.to_yaml(OmegaConf.create(values))
+
+
+def list_changes(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """What differs between two configurations: `schedule.steps 160000 -> 200000, ...`."""
+    old, new = flat(before), flat(after)
+    changes = []
+    for key in {**old, **new}:
+        was, now = old.get(key, _ABSENT), new.get(key, _ABSENT)
+        section = key.rpartition(".")[0]
+        if section and not (section in old and section in new):
+            continue  # listed as a whole
+        if was != now and not (isinstance(was, dict) and isinstance(now, dict) and was and now):
+            changes.append(f"{key} {_shown(was)} -> {_shown(now)}")
+    return ", ".join(changes)
+
+
+_ABSENT = object()
+
+
+def _shown(value: Any) -> str:
+    if value is _ABSENT:
+        return "(not there)"
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def help_text(composed: ComposedConfig, folder: Path) -> str:

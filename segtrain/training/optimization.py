@@ -54,17 +54,26 @@ class AdamW:
         return {}
 
     def build(self, network: nn.Module) -> torch.optim.AdamW:
-        """The optimiser, with one group for each pair of learning rate and weight decay."""
+        """The optimiser, with one group for each pair of scales of the two.
+
+        Not for each pair of products: a checkpoint's groups fit whatever the values are.
+        """
         members: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
         for name, parameter in network.named_parameters():
             if parameter.requires_grad:
                 rule = self.rule_for(name)
-                learning_rate = self.learning_rate * rule.get("learning_rate_scale", 1.0)
-                weight_decay = self.weight_decay * rule.get("weight_decay_scale", 1.0)
-                members[learning_rate, weight_decay].append(parameter)
+                scales = (
+                    rule.get("learning_rate_scale", 1.0),
+                    rule.get("weight_decay_scale", 1.0),
+                )
+                members[scales].append(parameter)
         groups = [
-            {"params": parameters, "lr": learning_rate, "weight_decay": weight_decay}
-            for (learning_rate, weight_decay), parameters in members.items()
+            {
+                "params": parameters,
+                "lr": self.learning_rate * learning_rate_scale,
+                "weight_decay": self.weight_decay * weight_decay_scale,
+            }
+            for (learning_rate_scale, weight_decay_scale), parameters in members.items()
         ]
         return torch.optim.AdamW(groups, betas=(self.betas[0], self.betas[1]))
 
@@ -96,4 +105,6 @@ class PolynomialSchedule:
         return decay * (1 - (1 - step / self.warmup_steps) * (1 - self.warmup_factor))
 
     def build(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
-        return LambdaLR(optimizer, self)
+        # A plain function: the state of an object would be stored in checkpoints, and on resuming
+        # beat what the configuration says.
+        return LambdaLR(optimizer, lambda step: self(step))

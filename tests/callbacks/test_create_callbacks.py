@@ -16,8 +16,16 @@ def test_named_callbacks_are_built_in_the_order_of_their_work(tmp_path):
     }
     created = create_callbacks(section, tmp_path)
     names = [type(callback).__name__ for callback in created]
-    assert names == ["ForgetLostSteps", "CostCurve", "Checkpoints", "Report", "Progress"]
-    curve, checkpoints = created[1], created[2]
+    assert names == [
+        "ForgetLostSteps",
+        "Provenance",
+        "CostCurve",
+        "Checkpoints",
+        "Report",
+        "Progress",
+        "StopOnSignal",
+    ]
+    curve, checkpoints = created[2], created[3]
     assert isinstance(curve, CostCurve)
     assert isinstance(checkpoints, Checkpoints)
     assert (curve.limit_batches, curve.latency) == (3, False)

@@ -131,12 +131,16 @@ def create_trainer(callbacks, loggers=(), steps=4, validate_every=2, accumulate=
     )
 
 
+def wandb_file(run_folder: Path) -> Path:
+    (path,) = run_folder.glob("wandb/offline-run-*/run-*.wandb")
+    return path
+
+
 def wandb_records(run_folder: Path):
     """Records of an offline W&B run: LevelDB log blocks behind a header of seven bytes."""
     from wandb.proto import wandb_internal_pb2
 
-    (path,) = run_folder.glob("wandb/offline-run-*/run-*.wandb")
-    data, position, payload = path.read_bytes(), 7, b""
+    data, position, payload = wandb_file(run_folder).read_bytes(), 7, b""
     while position + 7 <= len(data):
         left = 32768 - position % 32768
         if left < 7:  # a chunk header does not cross blocks
@@ -160,3 +164,18 @@ def wandb_history(run_folder: Path):
         for record in wandb_records(run_folder)
         if record.WhichOneof("record_type") == "history"
     ]
+
+
+def wandb_config(run_folder: Path):
+    (run,) = (r.run for r in wandb_records(run_folder) if r.WhichOneof("record_type") == "run")
+    return {item.key: json.loads(item.value_json) for item in run.config.update}
+
+
+def wandb_artifacts(run_folder: Path):
+    """Logged artifacts but those that W&B makes itself, oldest first."""
+    records = [r for r in wandb_records(run_folder) if r.WhichOneof("record_type") == "request"]
+    artifacts = [r.artifact for r in wandb_records(run_folder) if r.HasField("artifact")]
+    artifacts += [
+        r.request.log_artifact.artifact for r in records if r.request.HasField("log_artifact")
+    ]
+    return [artifact for artifact in artifacts if artifact.type == "model"]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+import run_folder
 import train
 
 SETTINGS = [
@@ -56,7 +57,7 @@ def finished(small, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("finished"))
         assert train.main([*small, "name=done"]) == 0
-        patch.delenv(train.RUN_NAME)
+        patch.delenv(run_folder.RUN_NAME)
         return Path("runs/done").resolve()
 
 
@@ -76,6 +77,7 @@ def test_the_run_folder_is_complete(finished):
         assert (finished / name).stat().st_size > 0, name
     assert {path.name for path in (finished / "checkpoints").iterdir()} == {
         "last.ckpt",
+        "previous.ckpt",
         "best.ckpt",
     }
     metrics = {name for row in rows(finished, "metrics.jsonl") for name in row}
@@ -155,6 +157,7 @@ def test_two_ranks_share_the_samples_and_log_once(small, start, in_folder):
     (in_folder / "driver.py").write_text(DRIVER)
     arguments = [*small, "name=run", "schedule.steps=3", "schedule.validate_every=3"]
     arguments += ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.sync_batchnorm=false"]
+    arguments += ["tracking.mode=offline"]
     start(*arguments, script="driver.py")
     names = [name for rank in (0, 1) for _, _, name in seen(in_folder, rank)]
     assert len(names) == len(set(names)) == 24
@@ -163,6 +166,7 @@ def test_two_ranks_share_the_samples_and_log_once(small, start, in_folder):
     assert {row["images"] for row in curve} == {5}  # an uneven split, nothing counted twice
     logged = rows("runs/run", "metrics.jsonl")
     assert len([row for row in logged if "val/mIoU" in row]) == 1
+    assert len(list(Path("runs/run/wandb").glob("offline-run-*"))) == 1
 
 
 def test_mixed_precision_accumulation_and_clipping(small, in_folder):
