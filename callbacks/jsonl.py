@@ -107,3 +107,10 @@ class ForgetLostSteps(Callback):
         if trainer.is_global_zero:
             for name in (METRICS, CURVE):
                 drop_rows_after(self.run_folder / name, trainer.global_step)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Have all loggers write what they hold, for a run that goes on from here logs no more."""
+        for logger in trainer.loggers:
+            logger.save()

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from callbacks.cost_curve import resolve_settings
-from callbacks.tracking import wandb_runs
+from callbacks.tracking import wandb_errors_as_warnings, wandb_runs
 from segtrain import UserError
 from segtrain.inference import IMAGE_MEAN, IMAGE_STD
 from segtrain.training import SegmentationModule
@@ -94,18 +94,19 @@ class Pictures(Callback):
         for run in wandb_runs(trainer) if self._shown else []:
             import wandb
 
-            images = [
-                wandb.Image(
-                    image,
-                    caption=name,
-                    masks={
-                        title: {"mask_data": mask, "class_labels": names}
-                        for title, mask in masks.items()
-                    },
-                )
-                for image, masks, name in self._shown
-            ]
-            run.log({"predictions": images, "trainer/global_step": trainer.global_step})
+            with wandb_errors_as_warnings("pictures"):
+                images = [
+                    wandb.Image(
+                        image,
+                        caption=name,
+                        masks={
+                            title: {"mask_data": mask, "class_labels": names}
+                            for title, mask in masks.items()
+                        },
+                    )
+                    for image, masks, name in self._shown
+                ]
+                run.log({"predictions": images, "trainer/global_step": trainer.global_step})
 
     def _show(self, trainer: Trainer, one: Mapping[str, Any]) -> None:
         masks = {"label": one["mask"][0]}

@@ -5,6 +5,8 @@ Never prompts, and never stops a training: without an account or a network the r
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
 import netrc
 import os
@@ -12,15 +14,17 @@ import secrets
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -28,40 +32,88 @@ from callbacks.jsonl import JsonLinesLogger
 from segtrain.errors import UserError, did_you_mean
 
 INIT_TIMEOUT = 30  # seconds to wait for the W&B server
+FINISH_TIMEOUT = 60  # seconds; what is not sent by the end of the process is sent by wandb sync
 MODES = ("auto", "online", "offline", "disabled")
 PACKAGES = ("segtrain", "torch", "lightning", "torchmetrics", "albumentations", "numpy", "wandb")
+
+
+def check_tracking(tracking: Mapping[str, Any]) -> None:
+    """Raise UserError for what would be missed once the run has its folder."""
+    wandb_mode(tracking["mode"])
+    for name in tracking["loggers"]:
+        if name not in _LOGGERS:
+            raise UserError(
+                f"tracking.loggers: there is no logger '{name}': {did_you_mean(name, _LOGGERS)}"
+            )
+        if name == "tensorboard" and importlib.util.find_spec(name) is None:
+            raise UserError("tracking.loggers: no tensorboard here: uv sync --group tensorboard")
 
 
 def create_loggers(
     tracking: Mapping[str, Any],
     run_folder: Path,
-    run_name: str,
-    wandb_id: str | None,
+    record: Mapping[str, Any] | None,
     config: Mapping[str, Any],
 ) -> list[Logger]:
-    """The loggers of a run: ``metrics.jsonl`` always, W&B unless disabled.
+    """The loggers of a run: ``metrics.jsonl`` always, W&B unless disabled, others where asked for.
 
     Args:
-        tracking: ``mode``, ``project``, ``entity``, ``group``, ``tags``, ``notes``. Mode ``auto``
-            follows the environment's ``WANDB_MODE``, else is online where an API key is configured
-            and offline where not.
-        run_folder: the run's folder; W&B keeps all its files inside.
-        run_name: shown by W&B.
-        wandb_id: id of the W&B run, the same when a run is resumed.
+        tracking: ``mode``, ``project``, ``entity``, ``group``, ``tags``, ``notes`` of W&B and
+            ``loggers``, others by name. Mode ``auto`` follows the environment's ``WANDB_MODE``,
+            else is online where an API key is configured and offline where not.
+        run_folder: the run's folder; all loggers keep their files inside.
+        record: what ``run.json`` says; W&B shows the run under its name and keeps its ``wandb_id``
+            when the run is resumed. Ranks other than zero need none.
         config: the composed configuration, plain values; logged under the key ``cfg``, where it
             cannot collide with the keys of a W&B sweep.
 
     Raises:
-        UserError: there is no such mode.
+        UserError: see `check_tracking`.
     """
+    check_tracking(tracking)
     loggers: list[Logger] = [JsonLinesLogger(run_folder)]
+    loggers += [_LOGGERS[name](run_folder) for name in tracking["loggers"]]
     mode = wandb_mode(tracking["mode"])
-    if mode != "disabled":
-        run = None
-        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-            run = _start_wandb(mode, tracking, Path(run_folder), run_name, wandb_id, config)
-        loggers.append(WandbLogger(project=tracking["project"], experiment=run))
-    return loggers
+    if mode == "disabled":
+        return loggers
+    run = None
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        run = _start_wandb(mode, tracking, Path(run_folder), record or {}, config)
+        if run is None:
+            return loggers
+    return [*loggers, _Wandb(project=tracking["project"], experiment=run)]
+
+
+#: By name, what takes the same scalars as W&B.
+_LOGGERS: dict[str, Callable[[Path], Logger]] = {
+    # All event files in one folder are one run to TensorBoard.
+    "tensorboard": lambda folder: TensorBoardLogger(folder, name="tensorboard", version=""),
+    # A folder for each start, because the logger deletes the rows that it finds in its own. Its
+    # rule for when to write looks at step + 1, which is never a multiple of 100.
+    "csv": lambda folder: CSVLogger(folder, name="csv", flush_logs_every_n_steps=1),
+}
+
+
+class _Wandb(WandbLogger):
+    """Lightning's logger, which a failing W&B does not let stop the training."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        with wandb_errors_as_warnings("metrics"):
+            super().log_metrics(metrics, step)
+
+
+@contextlib.contextmanager
+def wandb_errors_as_warnings(what: str) -> Iterator[None]:
+    """Where W&B fails, say in one line what it has not got; the run folder has it."""
+    try:
+        yield
+    except Exception as error:
+        warnings.warn(f"Weights & Biases: {what} not logged ({_reason(error)})", stacklevel=3)
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def wandb_mode(mode: str) -> str:
@@ -100,31 +152,41 @@ def _start_wandb(
     mode: str,
     tracking: Mapping[str, Any],
     run_folder: Path,
-    run_name: str,
-    wandb_id: str | None,
+    record: Mapping[str, Any],
     config: Mapping[str, Any],
 ) -> Any:
-    # Inside the run folder, so that copying it is enough to send the run from another machine.
-    os.environ.setdefault("WANDB_DATA_DIR", str(run_folder / "wandb"))
-    os.environ.setdefault("WANDB_CACHE_DIR", str(run_folder / "wandb" / "cache"))
+    """The W&B run; None where there cannot be one."""
+    # Inside the run folder, so that another machine with the same disk can send the run later.
+    folder = run_folder / "wandb"
+    os.environ.setdefault("WANDB_DATA_DIR", str(folder))
+    os.environ.setdefault("WANDB_CACHE_DIR", str(folder / "cache"))
     import wandb
 
     in_sweep = "WANDB_SWEEP_ID" in os.environ  # the agent has chosen the id
     arguments = {key: tracking[key] for key in ("project", "entity", "group", "tags", "notes")}
-    arguments |= {"name": run_name, "dir": str(run_folder), "config": {"cfg": dict(config)}}
-    arguments |= {} if in_sweep else {"id": wandb_id, "resume": "allow"}
+    about = {key: record[key] for key in _ABOUT if key in record}
+    about |= record["resumed"][-1] if record.get("resumed") else {}
+    arguments |= {"name": record.get("name"), "dir": str(run_folder)}
+    arguments |= {"config": {"cfg": dict(config), "run": about}}
+    arguments |= {} if in_sweep else {"id": record.get("wandb_id"), "resume": "allow"}
     # The progress bar would fill W&B's copy of the console.
-    settings = wandb.Settings(init_timeout=INIT_TIMEOUT, silent=True, console="off")
+    settings = wandb.Settings(
+        init_timeout=INIT_TIMEOUT, finish_timeout=FINISH_TIMEOUT, silent=True, console="off"
+    )
     reason = "" if _has_key() else " (no account configured)"
-    if mode == "online":
+    run = None
+    for attempt in dict.fromkeys([mode, "offline"]):
         try:
-            run = wandb.init(**arguments, mode="online", settings=settings)
-        except (wandb.errors.CommError, wandb.errors.UsageError) as error:
-            reason = f" ({str(error).strip().splitlines()[0]})"
-            mode = "offline"
+            folder.mkdir(exist_ok=True)  # or W&B would go elsewhere
+            run = wandb.init(**arguments | {"mode": attempt}, settings=settings)
+            break
+        except Exception as error:
+            reason = f" ({_reason(error)})"
             wandb.teardown()  # or the id would count as in use
-    if mode == "offline":
-        run = wandb.init(**arguments, mode="offline", settings=settings)
+    if run is None:
+        print(f"Weights & Biases: left out{reason}")
+        return None
+    if run.offline:
         print(
             f"Weights & Biases: kept offline{reason}; to send it later: "
             f"wandb sync {run_folder}/wandb/offline-run-*"
@@ -145,6 +207,10 @@ def wandb_runs(trainer: Trainer) -> list[Any]:
     return [logger.experiment for logger in trainer.loggers if isinstance(logger, WandbLogger)]
 
 
+#: What a run's record says about each start of it.
+_ABOUT = ("command", "git_commit", "git_dirty", "versions", "devices")
+
+
 def write_run_record(run_folder: Path, name: str, command: Sequence[str]) -> dict[str, Any]:
     """Write ``run.json`` when a run starts, or note in it that the run goes on.
 
@@ -154,27 +220,25 @@ def write_run_record(run_folder: Path, name: str, command: Sequence[str]) -> dic
         command: the program and its arguments.
 
     Returns:
-        The record: ``name``, ``wandb_id``, ``git_commit``, ``git_dirty``, ``versions``,
-        ``command``, ``created`` (ISO 8601, UTC) and, for each time that the run was resumed,
-        ``command``, ``git_commit`` and ``time`` in ``resumed``.
+        The record: ``name``, ``wandb_id``, ``created`` (ISO 8601, UTC), ``command``,
+        ``git_commit``, ``git_dirty``, ``versions``, ``devices`` (names of the GPUs). For each time
+        that the run was resumed there is ``time`` and the last five once more in ``resumed``.
     """
     path = Path(run_folder) / "run.json"
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    commit = _git("rev-parse", "HEAD")
+    about = {
+        "command": shlex.join(command),
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain")),
+        "versions": _versions(),
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
     if path.exists():
         record = json.loads(path.read_text(encoding="utf-8"))
-        again = {"time": now, "command": shlex.join(command), "git_commit": commit}
-        record["resumed"] = [*record.get("resumed", []), again]
+        record["resumed"] = [*record.get("resumed", []), {"time": now, **about}]
     else:
-        record = {
-            "name": name,
-            "wandb_id": os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4),
-            "git_commit": commit,
-            "git_dirty": bool(_git("status", "--porcelain")),
-            "versions": _versions(),
-            "command": shlex.join(command),
-            "created": now,
-        }
+        wandb_id = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+        record = {"name": name, "wandb_id": wandb_id, "created": now, **about}
     temporary = path.with_name(".run.json.writing")
     temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     temporary.replace(path)
@@ -197,7 +261,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def _versions() -> dict[str, str]:
-    versions = {"python": sys.version.split()[0]}
+    versions = {"python": sys.version.split()[0], "cuda": torch.version.cuda or "none"}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)
