@@ -7,26 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from callbacks.cost_curve import find_front
+from pages import ACCENT, FRONT, Chart, layout
 
 Rows = Sequence[Mapping[str, Any]]
-Chart = dict[str, Any]
-
-ACCENT = "#2b7bba"
-FRONT = "#d9822b"
-
-
-def _layout(title: str, x: str, y: str, **more: Any) -> dict[str, Any]:
-    axis = {"gridcolor": "#8883", "zeroline": False, "exponentformat": "e"}
-    return {
-        "title": {"text": title, "font": {"size": 15}, "x": 0.02, "xanchor": "left"},
-        "xaxis": {**axis, "title": {"text": x}},
-        "yaxis": {**axis, "title": {"text": y}},
-        "paper_bgcolor": "transparent",
-        "plot_bgcolor": "transparent",
-        "font": {"color": "#888"},  # readable on white and on black
-        "margin": {"l": 60, "r": 20, "t": 45, "b": 50},
-        **more,
-    }
 
 
 def curve_chart(rows: Rows, cost: str, title: str) -> Chart:
@@ -53,12 +36,12 @@ def curve_chart(rows: Rows, cost: str, title: str) -> Chart:
         front = _points(list(itertools.compress(line, on_front)), cost) | {"name": "front"}
         traces += [trace, front | {"mode": "lines", "line": {"color": FRONT, "width": 2}}]
     legend = {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"}
-    layout = _layout(f"mIoU against {title}", title, "mIoU, %", legend=legend)
+    look = layout(f"mIoU against {title}", title, "mIoU, %", legend=legend)
     if traces:
         newest = traces[-2]
-        layout["xaxis"]["range"] = _around(newest["x"], below=0.3, above=0.1)
-        layout["yaxis"]["range"] = _around(newest["y"], below=0.6, above=0.3)
-    return {"data": traces, "layout": layout}
+        look["xaxis"]["range"] = _around(newest["x"], below=0.3, above=0.1)
+        look["yaxis"]["range"] = _around(newest["y"], below=0.6, above=0.3)
+    return {"data": traces, "layout": look}
 
 
 def _label_sides(costs: Sequence[float], on_front: Sequence[bool]) -> list[str]:
@@ -102,7 +85,7 @@ def history_chart(rows: Rows) -> Chart:
         accuracies = [None if row["mIoU"] is None else 100 * row["mIoU"] for row in line]
         steps = [row["step"] for row in line]
         traces.append({"x": steps, "y": accuracies, "name": setting, "mode": "lines+markers"})
-    return {"data": traces, "layout": _layout("mIoU of each setting", "step", "mIoU, %")}
+    return {"data": traces, "layout": layout("mIoU of each setting", "step", "mIoU, %")}
 
 
 def learning_chart(rows: Rows, key: str, title: str) -> Chart:
@@ -116,4 +99,4 @@ def learning_chart(rows: Rows, key: str, title: str) -> Chart:
         "name": title,
     }
     trace |= {"line": {"color": ACCENT}}
-    return {"data": [trace] if steps else [], "layout": _layout(title.capitalize(), "step", title)}
+    return {"data": [trace] if steps else [], "layout": layout(title.capitalize(), "step", title)}

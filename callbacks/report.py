@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,28 +12,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.charts import curve_chart, history_chart, learning_chart
 from callbacks.jsonl import CURVE, METRICS, read_rows
+from pages import boxes, section, table, write_page
 
 Rows = Sequence[Mapping[str, Any]]
-
-STYLE = """
-:root { color-scheme: light dark; --line: #8884; --quiet: #777; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2em auto;
-  padding: 0 1.2em; }
-h1 { margin-bottom: 0; } h2 { margin: 2em 0 .4em; font-size: 1.15em; }
-p { color: var(--quiet); } .chart { height: 400px; min-width: 0; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(460px, 1fr)); gap: 1em; }
-.charts + .scroll { margin-top: 1em; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .2em .8em; border-bottom: 1px solid var(--line); text-align: right; }
-th:first-child, td:first-child { text-align: left; } .scroll { overflow-x: auto; }
-img { max-width: 100%; display: block; margin: .6em 0; background: #fff; }
-pre { overflow-x: auto; padding: 1em; border: 1px solid var(--line); font-size: 13px; }
-"""
-
-DRAW = """
-for (const [id, chart] of Object.entries(charts))
-  Plotly.newPlot(id, chart.data, chart.layout, {displayModeBar: false, responsive: true});
-"""
 
 
 class Report(Callback):
@@ -60,8 +40,6 @@ def write_report(run_folder: Path) -> Path:
     Returns:
         The page's path.
     """
-    import plotly.offline
-
     run_folder = Path(run_folder)
     curve, metrics = read_rows(run_folder / CURVE), read_rows(run_folder / METRICS)
     # A row that was written twice (a run killed and resumed by hand) counts once.
@@ -77,42 +55,20 @@ def write_report(run_folder: Path) -> Path:
     drawn = {name: chart for name, chart in charts.items() if chart["data"]}
     sections = [
         _heading(run_folder, newest),
-        _section("Accuracy against cost", _boxes(drawn, "gmacs", "latency") + _settings(newest)),
-        _section("Over the training", _boxes(drawn, "history", "loss", "learning_rate")),
-        _section("Predictions", _pictures(run_folder / "predictions")),
-        _section("IoU of each class, %", _classes(newest)),
-        _section("Configuration", _file(run_folder / "config.yaml")),
-        _section("Run", _file(run_folder / "run.json")),
+        section("Accuracy against cost", boxes(drawn, "gmacs", "latency") + _settings(newest)),
+        section("Over the training", boxes(drawn, "history", "loss", "learning_rate")),
+        section("Predictions", _pictures(run_folder / "predictions")),
+        section("IoU of each class, %", _classes(newest)),
+        section("Configuration", _file(run_folder / "config.yaml")),
+        section("Run", _file(run_folder / "run.json")),
     ]
-    # "</" would end the script.
-    data = json.dumps(drawn).replace("</", "<\\/")
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(run_folder.resolve().name)}</title><style>{STYLE}</style>"
-        f"<script>{plotly.offline.get_plotlyjs()}</script></head><body>{''.join(sections)}"
-        f"<script>const charts = {data};{DRAW}</script></body></html>\n"
-    )
-    path = run_folder / "report.html"
-    temporary = path.with_name(".report.writing")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
-    return path
-
-
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{title}</h2>{content}</section>" if content else ""
-
-
-def _boxes(drawn: Mapping[str, Any], *names: str) -> str:
-    boxes = "".join(f'<div class="chart" id="{name}"></div>' for name in names if name in drawn)
-    return f'<div class="charts">{boxes}</div>' if boxes else ""
+    return write_page(run_folder / "report.html", run_folder.resolve().name, sections, drawn)
 
 
 def _heading(run_folder: Path, newest: Rows) -> str:
     summary = "No validation yet."
     if newest:
-        full = next(row for row in newest if row["training_setting"])
+        full = newest[0]
         size = "×".join(map(str, full["cost"]["image_size"]))
         summary = (
             f"Step {full['step']}: mIoU {_percent(full['mIoU'])} % at {full['setting']} over "
@@ -125,7 +81,7 @@ def _heading(run_folder: Path, newest: Rows) -> str:
 def _settings(newest: Rows) -> str:
     if not newest:
         return ""
-    full = next(row for row in newest if row["training_setting"])
+    full = newest[0]
     titles = ["setting", "GMACs", "latency, ms", "(quartiles)", "peak memory, MiB", "mIoU, %",
               "change", "pixel accuracy, %", "on the front (GMACs)"]  # fmt: skip
     body = []
@@ -147,7 +103,7 @@ def _settings(newest: Rows) -> str:
                 "yes" if row["on_front"] else "",
             ]
         )
-    return _table(titles, body)
+    return table(titles, body)
 
 
 def _classes(newest: Rows) -> str:
@@ -156,16 +112,7 @@ def _classes(newest: Rows) -> str:
     cells = [
         [name, *(_percent(row["IoU"][name], ".1f") for row in newest)] for name in newest[0]["IoU"]
     ]
-    return _table(["class", *(row["setting"] for row in newest)], cells)
-
-
-def _table(titles: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(title)}</th>" for title in titles)
-    rows = (
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
-        for cells in body
-    )
-    return f'<div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
+    return table(["class", *(row["setting"] for row in newest)], cells)
 
 
 def _pictures(folder: Path) -> str:

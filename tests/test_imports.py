@@ -9,7 +9,10 @@ import pytest
 
 #: Package or module -> prefixes that nothing in it may import.
 FORBIDDEN = {
-    "segtrain": ["data", "callbacks", "configs", "train", "albumentations", "wandb", "plotly"],
+    "segtrain": [
+        *("data", "callbacks", "configs", "tuning", "train", "sweep", "pages"),
+        *("albumentations", "wandb", "plotly", "optuna"),
+    ],
     "segtrain/reduction": ["segtrain.networks", "segtrain.training", "lightning"],
     "segtrain/networks": ["segtrain.training", "segtrain.weights", "segtrain.cost", "lightning"],
     "segtrain/config": ["torch", "lightning", "segtrain.networks", "segtrain.training"],
@@ -17,7 +20,12 @@ FORBIDDEN = {
     "segtrain/metrics.py": ["segtrain.training", "segtrain.networks"],
     "segtrain/inference.py": ["segtrain.training", "lightning"],
     "data": ["segtrain.networks", "segtrain.training", "callbacks", "train"],
-    "callbacks": ["data", "train", "segtrain.networks.edaformer"],
+    "tuning": ["data", "callbacks", "train", "sweep", "torch", "lightning"],
+    "callbacks": [
+        *("data", "train", "run_folder"),
+        *("segtrain.networks.edaformer", "segtrain.networks.segformer"),
+    ],
+    "run_folder.py": ["data", "torch", "lightning", "train"],
 }
 
 

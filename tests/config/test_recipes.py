@@ -57,7 +57,8 @@ def test_every_experiment_composes_and_survives_saving(experiment, tmp_path):
 
 
 def test_every_choice_composes_and_says_what_it_is():
-    for group in sorted(folder.name for folder in CONFIGS.iterdir() if folder.is_dir()):
+    groups = {folder.name for folder in CONFIGS.iterdir() if folder.is_dir()}
+    for group in sorted(groups - {"sweep"}):  # sweep.py's
         for name in names(group):
             values(f"{group}={name}")
             first = (CONFIGS / group / f"{name}.yaml").read_text().splitlines()[0]
