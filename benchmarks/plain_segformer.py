@@ -8,6 +8,7 @@ from torch import nn
 
 from segtrain.networks.blocks import merge_heads, split_heads
 from segtrain.networks.segformer import EfficientAttention
+from segtrain.reduction.merging import NO_MERGING
 
 
 def match_by_sorting(metric, grid, stride, removed):
@@ -16,7 +17,7 @@ def match_by_sorting(metric, grid, stride, removed):
     batch, length, _ = metric.shape
     rows, columns = height // vertical, width // horizontal
     if removed <= 0 or rows * columns == 0:
-        return (lambda values: values), (lambda values: values)
+        return NO_MERGING
     with torch.no_grad():
         marks = torch.zeros(height, width, dtype=torch.int64, device=metric.device)
         marks[: rows * vertical : vertical, : columns * horizontal : horizontal] = -1
@@ -68,7 +69,7 @@ class PlainAttention(EfficientAttention):
         sources, key_grid = self.reduce(tokens, grid, pool)
         if merging.kv is not None:
             sources = _match(merging.kv, sources, key_grid)[0](sources)
-        merge, unmerge = (_same, _same)
+        merge, unmerge = NO_MERGING
         if merging.q is not None:
             merge, unmerge = _match(merging.q, tokens, grid)
         queries = split_heads(self.query(merge(tokens)), self.num_heads)
@@ -76,10 +77,6 @@ class PlainAttention(EfficientAttention):
         scale = queries.shape[3] ** -0.5
         attention = (queries * scale @ keys.mT).softmax(dim=3)
         return unmerge(self.projection(merge_heads(attention @ values)))
-
-
-def _same(values):
-    return values
 
 
 def _match(merging, tokens, grid):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,20 +14,13 @@ from segtrain.errors import UserError
 from segtrain.networks.blocks import (
     DepthwiseMLP,
     Grid,
-    OverlappingPatchEmbedding,
     grid_from_tokens,
     merge_heads,
     resize,
     split_heads,
     tokens_from_grid,
 )
-from segtrain.networks.hierarchy import (
-    EMBEDDINGS,
-    Block,
-    HierarchicalEncoder,
-    Stage,
-    drop_path_rates,
-)
+from segtrain.networks.hierarchy import Block, HierarchicalEncoder, initialise
 from segtrain.networks.network import Network
 from segtrain.networks.registry import register_network
 from segtrain.reduction import Setting, pool_grid
@@ -97,31 +89,6 @@ def make_block(
         DepthwiseMLP(width, int(width * mlp_ratio), activate_before=not decoder),
         drop_path,
         eps=1e-5 if decoder else 1e-6,
-    )
-
-
-def make_encoder(
-    widths: Sequence[int],
-    depths: Sequence[int],
-    num_heads: Sequence[int],
-    mlp_ratio: float,
-    drop_path: float,
-) -> HierarchicalEncoder:
-    """The embedding-free transformer (EFT)."""
-    return HierarchicalEncoder(
-        Stage(
-            OverlappingPatchEmbedding(before, width, kernel, stride, 1e-5),
-            [make_block(width, heads, mlp_ratio, rate) for rate in rates],
-            nn.LayerNorm(width, eps=1e-6),
-        )
-        for before, width, heads, (kernel, stride), rates in zip(
-            (3, *widths[:-1]),
-            widths,
-            num_heads,
-            EMBEDDINGS,
-            drop_path_rates(drop_path, depths),
-            strict=True,
-        )
     )
 
 
@@ -209,7 +176,14 @@ class EDAFormer(Network):
         dropout: float = 0.1,
     ) -> None:
         super().__init__(num_classes, 8, published_settings(encoder_pools, decoder_pools))
-        self.encoder = make_encoder(widths, depths, num_heads, mlp_ratio, drop_path)
+        self.encoder = HierarchicalEncoder(  # the embedding-free transformer (EFT)
+            widths,
+            depths,
+            drop_path,
+            lambda stage, rate: make_block(widths[stage], num_heads[stage], mlp_ratio, rate),
+            embedding_eps=1e-5,
+            eps=1e-6,
+        )
         self.decoder = Decoder(
             num_classes,
             widths[:0:-1],
@@ -261,18 +235,6 @@ def published_settings(
         *(scaled(f"isr_{digits}", digits) for digits in reduced),
         InferenceSpatialReduction("isr_global", (BEYOND_ANY_GRID,) * 4, (BEYOND_ANY_GRID,) * 3),
     ]
-
-
-def initialise(module: nn.Module) -> None:
-    """Initial weights of encoder and decoder blocks, as the authors' code draws them."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Conv2d):
-        fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
-        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 @register_network

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -60,11 +61,43 @@ class Stage(nn.Module):
 
 
 class HierarchicalEncoder(nn.Module):
-    """Stages one after the other: feature maps at strides 4, 8, 16 and 32."""
+    """Stages one after the other: feature maps at strides 4, 8, 16 and 32.
 
-    def __init__(self, stages: Iterable[Stage]) -> None:
+    Args:
+        widths: channels of stages 1 to 4.
+        depths: blocks of each stage.
+        drop_path: rate of the last block; the rates rise linearly from 0.
+        make_block: the block of a stage (0 to 3) with a drop path rate.
+        embedding_eps: of the norms after the patch embeddings.
+        eps: of the norms that end the stages.
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        depths: Sequence[int],
+        drop_path: float,
+        make_block: Callable[[int, float], Block],
+        embedding_eps: float,
+        eps: float,
+    ) -> None:
         super().__init__()
-        self.stages = nn.ModuleList(stages)
+        self.stages = nn.ModuleList(
+            Stage(
+                OverlappingPatchEmbedding(before, width, kernel, stride, embedding_eps),
+                [make_block(stage, rate) for rate in rates],
+                nn.LayerNorm(width, eps=eps),
+            )
+            for stage, (before, width, (kernel, stride), rates) in enumerate(
+                zip(
+                    (3, *widths[:-1]),
+                    widths,
+                    EMBEDDINGS,
+                    drop_path_rates(drop_path, depths),
+                    strict=True,
+                )
+            )
+        )
 
     def forward(self, images: Tensor, reductions: Sequence[Any]) -> list[Tensor]:
         """(B, 3, H, W), and what the setting says for each stage -> (B, C_i, H/s_i, W/s_i)."""
@@ -79,3 +112,15 @@ def drop_path_rates(last: float, depths: Sequence[int]) -> list[list[float]]:
     """The rates of each stage's blocks, rising linearly from 0 over all of them."""
     rates = torch.linspace(0, last, sum(depths), device="cpu").split(list(depths))
     return [rate.tolist() for rate in rates]
+
+
+def initialise(module: nn.Module) -> None:
+    """Initial weights of one layer, as the code of this family draws them."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):
+        fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
+        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

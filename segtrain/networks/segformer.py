@@ -16,20 +16,13 @@ from segtrain.errors import UserError, did_you_mean
 from segtrain.networks.blocks import (
     DepthwiseMLP,
     Grid,
-    OverlappingPatchEmbedding,
     grid_from_tokens,
     merge_heads,
     resize,
     split_heads,
     tokens_from_grid,
 )
-from segtrain.networks.hierarchy import (
-    EMBEDDINGS,
-    Block,
-    HierarchicalEncoder,
-    Stage,
-    drop_path_rates,
-)
+from segtrain.networks.hierarchy import EMBEDDINGS, Block, HierarchicalEncoder, initialise
 from segtrain.networks.network import Network
 from segtrain.networks.registry import register_network
 from segtrain.reduction import MERGING, StagedReduction, StageMerging, pool_grid
@@ -250,33 +243,22 @@ class SegFormer(Network):
             (ratio - 1) * stride + 1 for ratio, stride in zip(sr_ratios, strides, strict=True)
         )
         eps, embedding_eps = (1e-6, 1e-5) if ln_eps == "mixed" else (float(ln_eps), float(ln_eps))
+
+        def make_block(stage: int, rate: float) -> Block:
+            width = widths[stage]
+            return Block(
+                width,
+                EfficientAttention(width, num_heads[stage], sr_ratios[stage], embedding_eps),
+                DepthwiseMLP(width, int(width * mlp_ratio)),
+                rate,
+                eps,
+            )
+
         self.encoder = HierarchicalEncoder(
-            Stage(
-                OverlappingPatchEmbedding(before, width, kernel, stride, embedding_eps),
-                [
-                    Block(
-                        width,
-                        EfficientAttention(width, heads, ratio, embedding_eps),
-                        DepthwiseMLP(width, int(width * mlp_ratio)),
-                        rate,
-                        eps,
-                    )
-                    for rate in rates
-                ],
-                nn.LayerNorm(width, eps=eps),
-            )
-            for before, width, heads, ratio, (kernel, stride), rates in zip(
-                (3, *widths[:-1]),
-                widths,
-                num_heads,
-                sr_ratios,
-                EMBEDDINGS,
-                drop_path_rates(drop_path, depths),
-                strict=True,
-            )
+            widths, depths, drop_path, make_block, embedding_eps, eps
         )
         self.decoder = Decoder(num_classes, widths, head, head_width, dropout)
-        self.apply(initialise)
+        self.apply(initialise_as_openmmlab)
         for name, module in self.decoder.named_modules():
             if name == "fuse" or name.endswith("projection"):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -294,19 +276,12 @@ class SegFormer(Network):
         return self.decoder(self.encoder(images, reductions), self.as_published)
 
 
-def initialise(module: nn.Module) -> None:
-    """Initial weights, as OpenMMLab's code draws them."""
-    if isinstance(module, DepthwiseMLP):  # its linear layers are 1x1 convolutions there
+def initialise_as_openmmlab(module: nn.Module) -> None:
+    """Initial weights, as OpenMMLab's code draws them: the MLPs are 1x1 convolutions there."""
+    initialise(module)
+    if isinstance(module, DepthwiseMLP):
         for linear in (module.expand, module.contract):
             nn.init.normal_(linear.weight, std=math.sqrt(2 / linear.out_features))
-    elif isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Conv2d):
-        fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
-        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def published_head_width(name: str, head: str) -> int:
