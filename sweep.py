@@ -16,7 +16,7 @@ import train
 from segtrain.config import to_yaml
 from segtrain.config.arguments import parse_arguments
 from segtrain.config.files import list_choices, read_value
-from segtrain.errors import UserError, did_you_mean
+from segtrain.errors import Stopped, UserError, did_you_mean
 from tuning.sweep_file import Sweep, check_count, check_parameters, read_sweep
 
 ENGINES = ("optuna", "wandb")
@@ -45,8 +45,6 @@ sweeps:
 
 def main(arguments: list[str]) -> int:
     """Run the command line; returns its status: 0, 2 for a user's slip, 128 + signal if stopped."""
-    from tuning.worker import Stopped
-
     try:
         run(arguments)
     except UserError as error:
@@ -54,9 +52,9 @@ def main(arguments: list[str]) -> int:
             raise
         print(f"segtrain: error: {error}", file=sys.stderr)
         return 2
-    except Stopped as stop:
-        print("segtrain: stopped; the same command goes on", file=sys.stderr)
-        return 128 + int(stop.args[0])
+    except Stopped as end:
+        print(f"segtrain: {end}", file=sys.stderr)
+        return end.status
     return 0
 
 

@@ -25,7 +25,7 @@ from segtrain.config import (
     list_changes,
     to_yaml,
 )
-from segtrain.errors import Stopped, UserError, check_arguments
+from segtrain.errors import Stopped, UserError, check_arguments, first_line
 
 if TYPE_CHECKING:
     from lightning import Trainer
@@ -283,7 +283,7 @@ def build_trainer(
             **options,
         )
     except (MisconfigurationException, ValueError, TypeError) as error:
-        raise UserError(f"trainer: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"trainer: {first_line(error)}") from error
 
     record = None
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]

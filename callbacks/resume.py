@@ -23,7 +23,7 @@ from callbacks.checkpoint_files import damage, find_whole_checkpoint
 from callbacks.jsonl import CURVE
 from callbacks.tracking import wandb_mode
 from segtrain.config import to_yaml
-from segtrain.errors import UserError
+from segtrain.errors import UserError, first_line
 
 WANDB = "wandb:"
 CHECKPOINT = "checkpoint.ckpt"  # in an artifact
@@ -302,8 +302,7 @@ def _download(source: str, folder: Path, file: Path) -> None:
         for entry in [entry for entry in (CHECKPOINT, CURVE) if entry in present]:
             artifact.get_entry(entry).download(str(folder), skip_cache=True)
     except (wandb.errors.Error, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"resume={source}: Weights & Biases says: {reason}") from error
+        raise UserError(f"resume={source}: Weights & Biases says: {first_line(error)}") from error
     if not (folder / CHECKPOINT).is_file():
         raise UserError(f"resume={source}: what W&B keeps there holds no {CHECKPOINT}")
     (folder / CHECKPOINT).replace(file)

@@ -29,7 +29,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from callbacks.jsonl import JsonLinesLogger
-from segtrain.errors import UserError, did_you_mean
+from segtrain.errors import UserError, did_you_mean, first_line
 
 INIT_TIMEOUT = 30  # seconds to wait for the W&B server
 FINISH_TIMEOUT = 60  # seconds; what is not sent by the end of the process is sent by wandb sync
@@ -109,11 +109,7 @@ def wandb_errors_as_warnings(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        warnings.warn(f"Weights & Biases: {what} not logged ({_reason(error)})", stacklevel=3)
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        warnings.warn(f"Weights & Biases: {what} not logged ({first_line(error)})", stacklevel=3)
 
 
 def wandb_mode(mode: str) -> str:
@@ -181,7 +177,7 @@ def _start_wandb(
             run = wandb.init(**arguments | {"mode": attempt}, settings=settings)
             break
         except Exception as error:
-            reason = f" ({_reason(error)})"
+            reason = f" ({first_line(error)})"
             wandb.teardown()  # or the id would count as in use
     if run is None:
         print(f"Weights & Biases: left out{reason}")

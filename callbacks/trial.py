@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from callbacks.checkpoints import MONITOR
 from callbacks.jsonl import CURVE, METRICS, read_rows
+from segtrain.errors import first_line
 from tuning.trial import RESULT, TRIAL, TrialAddress
 
 
@@ -57,8 +58,8 @@ class Trial(Callback):
             return self._trial.should_prune()
         # Whatever the storage has: a training of hours does not end because a database restarts.
         except Exception as error:
-            line = str(error).strip().partition("\n")[0]
-            print(f"segtrain: warning: the sweep's storage: {line}", file=sys.stderr)
+            warning = f"segtrain: warning: the sweep's storage: {first_line(error)}"
+            print(warning, file=sys.stderr)
             return False
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -26,6 +26,11 @@ class Stopped(Exception):
         self.status = status
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says first, for a line of ours; its kind if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """The end of an error message: the nearest choice, if one is near, and all of them."""
     choices = sorted(choices)

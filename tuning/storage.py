@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from segtrain.errors import UserError
+from segtrain.errors import UserError, first_line
 
 if TYPE_CHECKING:
     import optuna
@@ -72,8 +72,7 @@ def reported(storage: str) -> Iterator[None]:
                 f"storage={shown_storage(storage)} needs {reason.name}: "
                 f"uv run --with {reason.name} sweep.py ..."
             ) from error
-        line = str(reason).strip().partition("\n")[0] or type(reason).__name__
-        raise UserError(f"storage={shown_storage(storage)}: {line}") from error
+        raise UserError(f"storage={shown_storage(storage)}: {first_line(reason)}") from error
 
 
 def shown_storage(storage: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from segtrain.config.arguments import parse_arguments
 from segtrain.config.files import read_value
-from segtrain.errors import UserError
+from segtrain.errors import UserError, first_line
 from tuning.sweep_file import Parameter, Sweep
 
 
@@ -82,6 +82,7 @@ def create_sweep(config: Mapping[str, Any], tracking: Mapping[str, Any]) -> str:
         )
         entity = tracking["entity"] or wandb.Api().default_entity
     except (wandb.errors.Error, ValueError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"Weights & Biases did not create the sweep: {reason}") from error
+        raise UserError(
+            f"Weights & Biases did not create the sweep: {first_line(error)}"
+        ) from error
     return f"wandb agent {entity}/{tracking['project']}/{created}"

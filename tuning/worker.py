@@ -18,7 +18,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from run_folder import RUN_NAME
-from segtrain.errors import UserError
+from segtrain.errors import Stopped, UserError
 from tuning import study as studies
 from tuning.page import write_report
 from tuning.storage import reported
@@ -40,10 +40,6 @@ RANKS = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK"),
     *("MASTER_ADDR", "MASTER_PORT"),
 )
-
-
-class Stopped(Exception):
-    """The worker was told to stop; the argument is the signal's number."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +122,7 @@ class Worker:
         while not self._signals and time.monotonic() < end:
             time.sleep(0.1)
         if self._signals:
-            raise Stopped(self._signals[0])
+            raise _stopped(self._signals[0])
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._signals and time.monotonic() - self._signalled < TOGETHER:
@@ -136,7 +132,7 @@ class Worker:
         if self._training is not None:
             self._stop(kill=len(self._signals) > 1)
         elif len(self._signals) > 1:
-            raise Stopped(number)
+            raise _stopped(number)
 
     def _stop(self, kill: bool) -> None:
         if self._training is not None and self._training.poll() is None:
@@ -289,6 +285,10 @@ class Worker:
 
     def _log(self, name: str) -> Path:
         return self.order.folder / "logs" / f"{name}.log"
+
+
+def _stopped(number: int) -> Stopped:
+    return Stopped("stopped; the same command goes on", 128 + number)
 
 
 def _is_retry(trial: optuna.Trial) -> bool:
