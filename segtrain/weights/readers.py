@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import pickletools
 import re
 import warnings
+import zipfile
+import zlib
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -16,9 +17,12 @@ import torch
 from torch import Tensor
 
 from segtrain.errors import UserError
+from segtrain.weights.paddle import unpickle_arrays
 
 # What OpenMMLab's files hold beside their weights (versions, log history): read as blanks.
 _INERT_PACKAGES = ("mmcv", "mmengine", "mmseg", "mmcls", "mmpretrain", "numpy", "_codecs")
+# The number that a file of torch's former format, which is several pickles, begins with.
+_TORCH_MAGIC = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")
 _WRAPPERS = ("state_dict", "model")
 # What a Hugging Face folder may hold, in the order in which transformers looks for it.
 _FOLDER_FILES = (
@@ -46,8 +50,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Parameter name -> tensor on the CPU, as the file has them but for wrappers and prefixes.
 
     Reads safetensors and whatever ``torch.save`` wrote: a bare state dict, OpenMMLab's
-    ``{meta, state_dict, optimizer}``, a checkpoint of ours (the network's part of it). A Hugging
-    Face folder stands for the weights in it, be they in one file or in several with an index.
+    ``{meta, state_dict, optimizer}``, a checkpoint of ours (the network's part of it). Of Paddle,
+    a ``.pdparams`` file or a zip with one in it. A Hugging Face folder stands for the weights in
+    it, be they in one file or in several with an index.
 
     Raises:
         UserError: there is no such file, it is damaged, it is no checkpoint, or it holds code.
@@ -109,16 +114,17 @@ def _folder_files() -> str:
 def _read_file(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"weights {path}: not there")
-    with path.open("rb") as file:
-        start = file.read(9)
-    # safetensors: the length of a JSON header, then the header.
-    content = _read_safetensors(path) if start[8:] == b"{" else _read_torch(path)
+    content = _read_content(path)
     for wrapper in _WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
             break
     weights = (
-        {key: value for key, value in content.items() if isinstance(value, Tensor)}
+        {
+            key: value
+            for key, value in content.items()
+            if isinstance(key, str) and isinstance(value, Tensor)
+        }
         if isinstance(content, dict)
         else {}
     )
@@ -129,6 +135,20 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     network = {key: value for key, value in weights.items() if key.startswith("network.")}
     prefix = "network." if network else "module."
     return {key.removeprefix(prefix): value for key, value in (network or weights).items()}
+
+
+def _read_content(path: Path) -> Any:
+    """What a file holds, which its first bytes tell the kind of."""
+    with path.open("rb") as file:
+        start = file.read(32)
+    if start[8:9] == b"{":  # after the length of a JSON header
+        return _read_safetensors(path)
+    paddle = None
+    if start.startswith(b"PK"):
+        paddle = _paddle_file_in_zip(path)
+    elif start.startswith(b"\x80") and _TORCH_MAGIC not in start:  # a pickle, not one of torch's
+        paddle = path.read_bytes()
+    return _read_torch(path) if paddle is None else _read_paddle(path, paddle)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -146,38 +166,47 @@ def _read_torch(path: Path) -> Any:
                 warnings.simplefilter("ignore")  # about pickle protocols; the error says enough
                 return torch.load(path, map_location="cpu", weights_only=True)
         except UnpicklingError as error:
-            refused = re.search(r"GLOBAL (\S+)", str(error))
-            name = refused[1] if refused else _first_foreign_global(path)
-            if name is None:
-                raise _damaged(path) from error
+            name = _foreign_global(error)
             if name.split(".")[0] not in _INERT_PACKAGES or (_Blank, name) in blanks:
-                raise UserError(
-                    f"weights {path}: holds code ({name}), which is refused and was not run; "
-                    "save the bare state dict to load it"
-                ) from error
+                raise _refused(path, error) from error
             blanks.append((_Blank, name))
         except (EOFError, RuntimeError, ValueError, OSError, KeyError, AttributeError) as error:
             raise _damaged(path) from error
 
 
-def _first_foreign_global(path: Path) -> str | None:
-    """The first thing outside torch that a plain pickle, of whatever protocol, would import."""
-    strings: list[str] = []
+def _read_paddle(path: Path, content: bytes) -> Any:
     try:
-        with path.open("rb") as file:
-            for opcode, value, _ in pickletools.genops(file):
-                name = None
-                if opcode.name == "GLOBAL":
-                    name = str(value).replace(" ", ".")
-                elif opcode.name == "STACK_GLOBAL":
-                    name = ".".join(strings[-2:])
-                elif isinstance(value, str):
-                    strings.append(value)
-                if name and name.split(".")[0] not in ("torch", "collections"):
-                    return name
-    except (ValueError, EOFError):  # not a pickle, or cut short
-        pass
-    return None
+        return unpickle_arrays(content)
+    except UnpicklingError as error:
+        raise _refused(path, error) from error
+
+
+def _paddle_file_in_zip(path: Path) -> bytes | None:
+    """The file of Paddle's that a zip holds, None if the zip is one of torch's."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.endswith(".pdparams")]
+            if len(names) < 2:
+                return archive.read(names[0]) if names else None
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError) as error:
+        raise _damaged(path) from error
+    raise UserError(f"weights {path}: holds {len(names)} .pdparams files: unpack the one to load")
+
+
+def _foreign_global(error: UnpicklingError) -> str:
+    """What an unpickler refused to import; empty if it failed otherwise."""
+    refused = re.search(r"GLOBAL (\S+)", str(error))
+    return refused[1] if refused else ""
+
+
+def _refused(path: Path, error: UnpicklingError) -> UserError:
+    name = _foreign_global(error)
+    if not name:
+        return _damaged(path)
+    return UserError(
+        f"weights {path}: holds code ({name}), which is refused and was not run; "
+        "save the bare state dict to load it"
+    )
 
 
 def _damaged(path: Path) -> UserError:
