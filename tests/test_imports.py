@@ -23,7 +23,7 @@ FORBIDDEN = {
     "tuning": ["data", "callbacks", "train", "sweep", "torch", "lightning"],
     "callbacks": [
         *("data", "train", "run_folder"),
-        *("segtrain.networks.edaformer", "segtrain.networks.segformer"),
+        *(f"segtrain.networks.{module.stem}" for module in Path("segtrain/networks").glob("*.py")),
     ],
     "run_folder.py": ["data", "torch", "lightning", "train"],
 }
