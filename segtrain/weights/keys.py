@@ -7,7 +7,7 @@ import importlib
 import pkgutil
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,13 @@ class KeyTable:
         read_arguments: from weights by our names, of the whole network or of the encoder, to what
             ``create_network`` builds their network with: ``name`` and the arguments that are not
             its defaults (``...`` for one whose value the weights do not tell). Empty if unclear.
-        traceless: arguments of the network, kept as its attributes, that weights do not tell ->
-            the origin's values.
+        traceless: from weights of the whole network, by our names, to arguments, kept as the
+            network's attributes, that weights do not tell, and the origin's values (``...`` for
+            one that is unknown).
+        recipe: where those values depend on the origin's recipe: from the same weights to the one
+            that they fit, in words; empty if none. Reports tell it always.
+        optional: what the names of those of our encoder modules begin with that may be absent, from
+            the file or from the network, where an encoder alone is loaded to be trained on.
         model_type: the origin's name for the network in the ``config.json`` of a folder.
         read_config: from such a file's content to further traceless arguments. Raises UserError
             if it describes a network that ours cannot be.
@@ -55,7 +60,9 @@ class KeyTable:
     encoder_prefix: str = ""
     convert: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict
     read_arguments: Callable[[Mapping[str, Tensor]], dict[str, Any]] = no_arguments
-    traceless: Mapping[str, Any] = field(default_factory=dict)
+    traceless: Callable[[Mapping[str, Tensor]], dict[str, Any]] = no_arguments
+    recipe: Callable[[Mapping[str, Tensor]], str] | None = None
+    optional: tuple[str, ...] = ()
     model_type: str = ""
     read_config: Callable[[Mapping[str, Any]], dict[str, Any]] = no_arguments
 
@@ -79,7 +86,11 @@ class KeyTable:
     def encoder_gaps(self, named: Mapping[str, Tensor]) -> int:
         """How many of the table's encoder modules have no weight among those by our names."""
         modules = {name.rpartition(".")[0] for name in named}
-        ours = {name for name in self.modules.values() if name.startswith(ENCODER)}
+        ours = {
+            name
+            for name in self.modules.values()
+            if name.startswith(ENCODER) and not name.startswith(self.optional)
+        }
         return sum(not any(map(_pattern(name).fullmatch, modules)) for name in ours)
 
     def _translate(self, module: str) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ class LoadReport:
         missing: those that the file does not have.
         unexpected: names in the file that mean nothing to the network.
         reshaped: (our name, shape in the file, shape in the network) where the shapes differ.
-        notes: what keeps the network from computing exactly what the origin's does.
+        notes: what may keep the network from computing exactly what the origin's does: values that
+            no weights show, and parts that the file lacks.
     """
 
     origin: str
@@ -56,7 +57,8 @@ def load_weights(
 
     Args:
         network: left as it was if anything is raised.
-        path: a safetensors file, one written by ``torch.save``, or a Hugging Face folder.
+        path: a safetensors file, one written by ``torch.save``, a ``.pdparams`` file of Paddle or
+            a zip with one in it, or a Hugging Face folder.
         strict: every parameter of the network must be in the file, and the reverse. If False,
             what fits is loaded and the report tells the rest.
         backbone_only: load the encoder alone, as from an ImageNet checkpoint; what is in the file
@@ -82,17 +84,19 @@ def load_weights(
         for name, value in own.items()
         if name in named
     }
+    missing = tuple(name for name in own if name not in named and not _is_count(name))
     surplus = tuple(name for name in named if name not in own)
+    optional = _optional(network, (*missing, *surplus)) if backbone_only else []
     report = LoadReport(
         origin=table.origin if table else "segtrain",
         matched=tuple(name for name, (file, ours) in shapes.items() if file == ours),
-        missing=tuple(name for name in own if name not in named),
+        missing=missing,
         unexpected=(*unknown, *surplus),
         reshaped=tuple((name, *both) for name, both in shapes.items() if both[0] != both[1]),
-        notes=_notes(network, table, named),
+        notes=(*_notes(network, table, named), *_new_parts(missing, optional)),
     )
-    fits = not (report.missing or report.reshaped or surplus or (unknown and not backbone_only))
-    if strict and not fits:
+    misplaced = {*missing, *surplus, *(() if backbone_only else unknown)} - set(optional)
+    if strict and (misplaced or report.reshaped):
         other = _another_network(network, table, named, demanded)
         raise UserError(f"weights {path}: {_misfit(network, report, other)}")
     for argument, value in demanded.items():
@@ -111,8 +115,29 @@ def _module(network: Network) -> str:
     return type(network).__module__.rpartition(".")[2]
 
 
+def _tables(network: Network) -> list[KeyTable]:
+    """The tables that lead to a network's names."""
+    return [table for table in key_tables() if table.network == _module(network)]
+
+
 def _encoder_part(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in weights.items() if name.startswith(ENCODER)}
+
+
+def _is_count(name: str) -> bool:
+    """Whether it is a batch norm's count of batches: nothing reads it, and Paddle has none."""
+    return name.endswith(".num_batches_tracked")
+
+
+def _optional(network: Network, names: Iterable[str]) -> list[str]:
+    """Those of an encoder's names that may be absent, from the file or from the network."""
+    optional = tuple(start for table in _tables(network) for start in table.optional)
+    return [name for name in names if name.startswith(optional)]
+
+
+def _new_parts(missing: Iterable[str], optional: Collection[str]) -> list[str]:
+    new = [name for name in missing if name in optional]
+    return [f"{_some(new)}: not in the file, begin with the network's values"] if new else []
 
 
 def _as_layer(value: Tensor, own: Tensor) -> Tensor:
@@ -165,18 +190,32 @@ def _read_folder_config(network: Network, folder: Path) -> dict[str, Any]:
 def _notes(
     network: Network, table: KeyTable | None, named: Mapping[str, Tensor]
 ) -> tuple[str, ...]:
-    """Where the network differs from a file's origin in what the weights do not show."""
-    return tuple(
-        f"{table.origin} has {argument}={value}, the network {getattr(network, argument)}: "
+    """What of a file's origin the weights do not show, and where the network differs there."""
+    theirs = _traceless(table, named)
+    if not table or not theirs:
+        return ()
+    own = {argument: getattr(network, argument) for argument in theirs}
+    notes = [
+        f"{table.origin} has {argument}={value}, the network {own[argument]}: "
         f"create it with {_written({argument: value})} for equal outputs"
-        for argument, value in _traceless(table, named).items()
-        if table and getattr(network, argument) != value
-    )
+        for argument, value in theirs.items()
+        if value not in (..., own[argument])
+    ]
+    if table.recipe:
+        recipe = table.recipe(named)
+        taken = (
+            f'taken for the recipe "{recipe}" of {table.origin} ({_written(theirs)})'
+            if recipe
+            else f"fits no recipe of {table.origin}, the network's own values are assumed"
+        )
+        untold = f"{' and '.join(theirs)} leave no trace in a file"
+        notes.insert(0, f"{taken}: {untold}, the network has {_written(own)}")
+    return tuple(notes)
 
 
 def _traceless(table: KeyTable | None, named: Mapping[str, Tensor]) -> dict[str, Any]:
     """The origin's traceless arguments; none of an encoder alone, which is to be trained on."""
-    return dict(table.traceless) if table and len(_encoder_part(named)) < len(named) else {}
+    return table.traceless(named) if table and len(_encoder_part(named)) < len(named) else {}
 
 
 def _foreign(
@@ -186,9 +225,12 @@ def _foreign(
     named: Mapping[str, Tensor],
 ) -> str:
     """Whose a file is that is not for a network, and what it is for where that is plain."""
-    origin = f"of {table.origin}" if table else "of an unknown network"
+    arguments = table.read_arguments(named) if table else {}
+    # Networks have single names in common, as those of ResNet's layers.
+    known = table and (arguments or not table.encoder_gaps(named))
+    origin = f"of {table.origin}" if table and known else "of an unknown network"
     advice = f"; its names begin with {_some(weights)}"
-    if table and (arguments := table.read_arguments(named)):
+    if arguments:
         call = _call({"num_classes": network.num_classes, **arguments, **_traceless(table, named)})
         advice = f": create the network with {call}"
     return f"{origin}, not for {type(network).__name__}{advice}"
@@ -204,8 +246,7 @@ def _another_network(
     own = network.state_dict()
     if len(_encoder_part(named)) == len(named):
         own = _encoder_part(own)
-    readers = (t.read_arguments for t in key_tables() if t.network == _module(network))
-    read = next(readers, no_arguments)
+    read = next((table.read_arguments for table in _tables(network)), no_arguments)
     theirs, ours = read(named), read(own)
     if not theirs or not ours or theirs == ours:
         return ""

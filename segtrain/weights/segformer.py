@@ -134,7 +134,7 @@ OPENMMLAB = _table(
         "decode_head.conv_seg": "decoder.classifier",
     },
     convert=_split_packed_projections,
-    traceless={"ln_eps": 1e-6},
+    traceless=lambda _: {"ln_eps": 1e-6},
 )
 
 NVLABS = _table(
@@ -170,7 +170,7 @@ NVLABS = _table(
     },
     # A classifier that the head's base class builds and the network never calls.
     unused=("decode_head.conv_seg",),
-    traceless={"ln_eps": "mixed"},
+    traceless=lambda _: {"ln_eps": "mixed"},
 )
 
 HUGGING_FACE = _table(
@@ -224,7 +224,7 @@ HUGGING_FACE = _table(
         "decode_head.classifier": "decoder.classifier",
     },
     convert=_join_keys_and_values,
-    traceless={"ln_eps": 1e-5},
+    traceless=lambda _: {"ln_eps": 1e-5},
     model_type="segformer",
     read_config=_read_config,
 )
