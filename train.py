@@ -204,11 +204,10 @@ def build_module(
     )
 
     network = create_network(**config["model"], num_classes=data_module.num_classes)
-    if config["encoder_weights"] is not None and load:
-        load_weights(network, config["encoder_weights"], backbone_only=True)
-    for key in ("weights", "ckpt"):
+    for key in ("encoder_weights", "weights", "ckpt"):
         if config[key] is not None and load:
-            for note in load_weights(network, config[key]).notes:
+            report = load_weights(network, config[key], backbone_only=key == "encoder_weights")
+            for note in report.notes:
                 rank_zero_warn(note)
     settings = resolve_settings(network, asked_settings(config), "setting")
     criterion = dict(config["criterion"])
@@ -225,7 +224,7 @@ def build_module(
     schedule = {k: config["schedule"][k] for k in inspect.signature(PolynomialSchedule).parameters}
     return SegmentationModule(
         network,
-        CrossEntropy(**criterion),
+        CrossEntropy(**criterion, ignore_index=data_module.ignore_index),
         AdamW(**config["optimizer"]),
         PolynomialSchedule(**schedule),
         Inference(**config["inference"]),
@@ -234,6 +233,7 @@ def build_module(
         nonfinite=config["nonfinite"],
         activation_checkpointing=config["activation_checkpointing"],
         setting=settings[0] if settings else None,
+        ignore_index=data_module.ignore_index,
         config=config,
     )
 

@@ -90,7 +90,9 @@ class CostCurve(Callback):
         # Costs are measured on rank zero alone, where nothing could be gathered from the others.
         sharded = isinstance(trainer.strategy, FullySharded) and trainer.is_global_zero
         self._measured = copy.deepcopy(network).cpu() if sharded else network
-        self._confusion = ConfusionMatrix(network.num_classes, len(self._settings))
+        self._confusion = ConfusionMatrix(
+            network.num_classes, len(self._settings), self._module.confusion.ignore_index
+        )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take up the rows of a run that goes on."""

@@ -18,10 +18,14 @@ UNIONS: dict[str, object] = {
     "weights": str | None,
     "encoder_weights": str | None,
     "criterion.class_weights": list[float] | str | None,
+    "criterion.hard_examples": dict | None,
     "data.eval_scale": list[int] | None,
     "data.limit_eval": int | None,
     "data.limit_train": int | None,
+    "data.photometric": bool | str,
+    "data.scale_step": float | None,
     "data.size_divisor": int | None,
+    "data.train_scale": list[int] | None,
     "data.workers": int | str,
     "model.ln_eps": float | str,
     "model.training_setting": str | dict,
@@ -42,6 +46,7 @@ WORDS = {
     "criterion.class_weights": ("balanced",),
     "criterion.reduction": ("all", "valid"),
     "data.layout": ("ade20k", "cityscapes", "cocostuff"),
+    "data.photometric": ("pil",),
     "data.variant": ("10k", "164k"),
     "data.workers": ("auto",),
     "inference.mode": ("slide", "whole"),
@@ -54,6 +59,7 @@ POSITIVE = (
     "callbacks.cost_curve.every",
     "data.batch_size",
     "data.eval_batch_size",
+    "data.scale_step",
     "optimizer.learning_rate",
     "schedule.log_every",
     "schedule.steps",
@@ -129,5 +135,6 @@ def check_values(values: dict[str, Any]) -> None:
         if isinstance(value, str) and value not in words:
             raise UserError(f"'{key}' cannot be '{value}': {did_you_mean(value, words)}")
     for key in POSITIVE:
-        if values.get(key, 1) <= 0:
-            raise UserError(f"'{key}' must be greater than 0, got {values[key]}")
+        value = values.get(key)
+        if value is not None and value <= 0:
+            raise UserError(f"'{key}' must be greater than 0, got {value}")

@@ -49,6 +49,7 @@ class SegmentationModule(LightningModule):
             one step later, and saves nothing after it; ``skip`` leaves weights, optimiser and
             buffers as they were before its optimiser step, on all ranks, and counts the step in
             ``skipped_steps``. The step passes all the same: schedule and data go on.
+        ignore_index: label of the pixels that validations do not count.
         config: the composed configuration, kept in every checkpoint; plain types. Its ``seed`` is
             that of the random numbers drawn in training, 0 without one.
     """
@@ -66,6 +67,7 @@ class SegmentationModule(LightningModule):
         activation_checkpointing: bool = False,
         setting: str | Setting | Mapping[str, Any] | None = None,
         nonfinite: Literal["stop", "skip"] = "stop",
+        ignore_index: int = 255,
         config: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -79,7 +81,7 @@ class SegmentationModule(LightningModule):
         self.skipped_steps = 0
         self.config = dict(config or {})
         self.seed = int(self.config.get("seed", 0))
-        self.confusion = ConfusionMatrix(network.num_classes)
+        self.confusion = ConfusionMatrix(network.num_classes, ignore_index=ignore_index)
         self.setting = network.training_setting
         if setting is not None:
             self.setting = network.resolve_setting(setting)
@@ -89,6 +91,8 @@ class SegmentationModule(LightningModule):
         self._run: list[nn.Module] = [network]
         if compile:
             torch._dynamo.config.recompile_limit = COMPILED_GRAPHS
+            # A setting's numbers belong into its graph, or image sizes would become unknowns there.
+            torch._dynamo.config.specialize_float = True
             # Graphs split for DDP take neither images of changing sizes nor recomputed blocks.
             torch._dynamo.config.optimize_ddp = False
             self._run = [torch.compile(network)]  # type: ignore[list-item]

@@ -80,26 +80,33 @@ class AdamW:
 
 @dataclass(frozen=True)
 class PolynomialSchedule:
-    """Polynomial decay to zero, times a linear warm-up; in optimiser steps.
+    """Polynomial decay, times a linear warm-up; in optimiser steps.
 
-    At step t of T the learning rate is base * (1 - t/T)^power, and during the first W steps this
-    times 1 - (1 - t/W) * (1 - factor), as mmcv's linear warm-up over a poly schedule has it.
+    At step t of T the learning rate is base * (E + (1 - E) * (1 - (t - S) / (T - S))^power), the
+    whole base up to step S. During the first W steps it is this times
+    1 - (1 - t/W) * (1 - factor), as mmcv's linear warm-up over a poly schedule has it. PaddleSeg
+    lets the decay begin where the warm-up ends, S = W.
 
     Args:
         steps: T.
         warmup_steps: W; 0 for no warm-up.
         warmup_factor: the share of the learning rate at step 0.
         power: exponent of the decay.
+        end_factor: E, the share of the learning rate at step T.
+        decay_start: S; the learning rate does not decay if it is not before T.
     """
 
     steps: int
     warmup_steps: int = 1500
     warmup_factor: float = 1e-6
     power: float = 1.0
+    end_factor: float = 0.0
+    decay_start: int = 0
 
     def __call__(self, step: int) -> float:
         """The factor on the base learning rate at a step."""
-        decay = max(0.0, 1 - step / self.steps) ** self.power
+        begun = max(0, step - self.decay_start) / max(1, self.steps - self.decay_start)
+        decay = self.end_factor + (1 - self.end_factor) * max(0.0, 1 - begun) ** self.power
         if step >= self.warmup_steps:
             return decay
         return decay * (1 - (1 - step / self.warmup_steps) * (1 - self.warmup_factor))

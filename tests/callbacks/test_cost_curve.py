@@ -14,6 +14,7 @@ from callbacks.jsonl import read_rows
 from callbacks.pictures import Pictures
 from segtrain import UserError, measure_cost
 from segtrain.networks import Network
+from segtrain.training import SegmentationModule
 from tests.callbacks.tiny import (
     NUM_CLASSES,
     NUM_IMAGES,
@@ -63,6 +64,20 @@ def test_every_setting_is_scored_as_if_alone(tmp_path):
     assert len(accuracies) > 1
     assert [row["training_setting"] for row in curve.rows[:5]] == [True] + 4 * [False]
     assert read_rows(tmp_path / "curve.jsonl") == curve.rows
+
+
+def test_another_label_may_be_the_one_that_counts_nowhere(tmp_path):
+    usual, data = create_module(), TinyData()
+    curve = CostCurve(tmp_path, latency=False)
+    create_trainer([curve]).validate(usual, data)
+    data.val.masks = np.where(data.val.masks == 255, -1, data.val.masks.astype(np.int64))
+    other = SegmentationModule(
+        usual.network, usual.criterion, usual.optimizer, usual.schedule, ignore_index=-1
+    )
+    other_curve = CostCurve(tmp_path, latency=False)
+    create_trainer([other_curve]).validate(other, data)
+    assert [row["IoU"] for row in other_curve.rows] == [row["IoU"] for row in curve.rows]
+    assert other.confusion.compute().equal(usual.confusion.compute())
 
 
 def test_images_are_read_once_whatever_the_number_of_settings(tmp_path):

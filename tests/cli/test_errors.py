@@ -24,6 +24,8 @@ from segtrain import create_network
         ("ckpt=nowhere.ckpt", ["nowhere.ckpt", "no such file"]),
         ("task=validate", ["ckpt=FILE"]),
         ("schedule.steps=500", ["schedule.steps=500", "schedule.validate_every"]),
+        ("data.photometric=pill", ["data.photometric", "did you mean 'pil'"]),
+        ("data.scale_step=0", ["data.scale_step", "greater than 0"]),
     ],
 )
 def test_what_is_known_before_torch_is_imported(fails, argument, parts):
@@ -41,6 +43,7 @@ def test_what_is_known_before_torch_is_imported(fails, argument, parts):
         ("+callbacks.cost_curv={}", ["cost_curv", "did you mean 'cost_curve'"]),
         ("callbacks.cost_curve.settings=[isr_22]", ["cost_curve", "isr_22", "isr_2222_222"]),
         ("criterion.class_weights=[1,2]", ["class_weights", "2 factors", "19 classes"]),
+        ("criterion.hard_examples={treshold: 1}", ["hard_examples", "did you mean 'threshold'"]),
         ("+trainer.deviices=2", ["deviices", "did you mean 'devices'"]),
         ("trainer.precision=33", ["trainer", "33"]),
         ("trainer.accelerator=gpuu", ["trainer", "gpuu"]),

@@ -81,6 +81,16 @@ def test_learning_rate_is_the_measured_one(step, learning_rate):
     assert 6e-5 * PolynomialSchedule(160000)(step) == pytest.approx(learning_rate, rel=1e-6)
 
 
+def test_the_decay_may_begin_late_and_leave_a_rest():
+    schedule = PolynomialSchedule(100, 10, 0.5, power=2, end_factor=0.1, decay_start=20)
+    assert [schedule(step) for step in (0, 5, 10, 20)] == [0.5, 0.75, 1, 1]
+    assert schedule(60) == pytest.approx(0.1 + 0.9 * 0.25)
+    assert schedule(100) == schedule(101) == pytest.approx(0.1)
+    for start in (100, 200):
+        late = PolynomialSchedule(100, 0, decay_start=start)
+        assert [late(step) for step in (0, 50, 100)] == [1, 1, 1]
+
+
 def test_the_schedule_drives_the_optimiser():
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.AdamW([parameter], lr=2.0)
