@@ -1,19 +1,20 @@
 """Training and evaluation transforms: plain functions with thin albumentations classes around them.
 
 The training pipeline is the one that EDAFormer, SegFormer and SegFormer++ share (MMSegmentation's
-RandomResize, RandomCrop, RandomFlip, PhotoMetricDistortion, pad). Images are (H, W, 3) uint8 RGB,
-masks (H, W) uint8 train ids with 255 = ignored.
+RandomResize, RandomCrop, RandomFlip, PhotoMetricDistortion, pad), and, by other options, RTFormer's
+(PaddleSeg's). Images are (H, W, 3) uint8 RGB, masks (H, W) uint8 train ids with 255 = ignored.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import albumentations as A
 import cv2
 import numpy as np
+from PIL import Image, ImageEnhance
 
 from data.classes import IGNORE_INDEX
 from segtrain.inference import IMAGE_MEAN
@@ -24,29 +25,35 @@ _PAD_COLOR = tuple(round(value) for value in IMAGE_MEAN)
 _REDRAWS = 10
 _ALL_VALUES = np.arange(256, dtype=np.float32)
 
+Photometric = bool | Literal["pil"]
+
 
 def training_transform(
     crop_size: Sequence[int],
-    scale: Sequence[int],
+    scale: Sequence[int] | None,
     scale_range: Sequence[float],
     cat_max_ratio: float,
-    photometric: bool,
+    photometric: Photometric,
+    scale_step: float | None = None,
 ) -> A.Compose:
     """Random resize, random crop, flip, photometric distortion and padding to the crop size.
 
     Args:
         crop_size: (height, width) of the result.
-        scale: (long, short) side that the image is resized into, times a factor from ...
+        scale: (long, short) side that the image is resized into, times a factor from ...; None for
+            the image's own size.
         scale_range: (lowest, highest) factor.
-        cat_max_ratio: a crop is redrawn while one class covers at least this share of it.
-        photometric: whether colours are distorted.
+        cat_max_ratio: a crop is redrawn while one class covers at least this share of it; at 1 it
+            never is.
+        photometric: see `photometric_distortion`.
+        scale_step: between the factors that are drawn, from the lowest on; None draws any.
     """
     height, width = crop_size
     steps = [
-        RandomResize(scale, scale_range),
+        RandomResize(scale, scale_range, scale_step),
         RandomCrop(crop_size, cat_max_ratio),
         A.HorizontalFlip(p=0.5),
-        *([PhotometricDistortion()] if photometric else []),
+        *photometric_distortion(photometric),
         A.PadIfNeeded(
             min_height=height,
             min_width=width,
@@ -57,6 +64,13 @@ def training_transform(
         ),
     ]
     return A.Compose(steps)
+
+
+def photometric_distortion(photometric: Photometric) -> list[A.ImageOnlyTransform]:
+    """The steps that distort colours: MMSegmentation's, with "pil" PaddleSeg's, or none."""
+    if photometric == "pil":
+        return [PILPhotometricDistortion()]
+    return [PhotometricDistortion()] if photometric else []
 
 
 def seed_transform(transform: A.Compose, seed: int, epoch: int, index: int) -> None:
@@ -124,6 +138,13 @@ def shift_hue(image: np.ndarray, steps: int) -> np.ndarray:
     return cv2.cvtColor(cv2.merge((hue, saturation, value)), cv2.COLOR_HSV2RGB)
 
 
+def shift_pil_hue(image: Image.Image, steps: int) -> Image.Image:
+    """Turn the hue by `steps` of 360/256 degrees each (PIL keeps hues as 0..255)."""
+    hue, saturation, value = image.convert("HSV").split()
+    hue = hue.point([(h + steps) % 256 for h in range(256)])
+    return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+
+
 def _resize(array: np.ndarray, size: tuple[int, int], interpolation: int) -> np.ndarray:
     height, width = size
     if array.shape[:2] == size:
@@ -132,19 +153,37 @@ def _resize(array: np.ndarray, size: tuple[int, int], interpolation: int) -> np.
 
 
 class RandomResize(A.DualTransform):
-    """Resize, keeping the shape, into `scale` times a factor drawn evenly from `scale_range`."""
+    """Resize, keeping the shape, into `scale` times a factor drawn evenly from `scale_range`.
 
-    def __init__(self, scale: Sequence[int], scale_range: Sequence[float]) -> None:
+    See `training_transform` for the arguments.
+    """
+
+    def __init__(
+        self,
+        scale: Sequence[int] | None,
+        scale_range: Sequence[float],
+        scale_step: float | None = None,
+    ) -> None:
         super().__init__(p=1.0)
         self.scale = scale
         self.scale_range = scale_range
+        self.scale_step = scale_step
 
     def get_params_dependent_on_data(
         self, params: dict[str, Any], data: dict[str, Any]
     ) -> dict[str, Any]:
-        factor = self.random_generator.uniform(*self.scale_range)
-        scale = [int(side * factor) for side in self.scale]
-        return {"size": keep_ratio_size(params["shape"][:2], scale)}
+        size, factor = params["shape"][:2], self._draw_factor()
+        if self.scale is None:
+            return {"size": tuple(int(side * factor + 0.5) for side in size)}
+        return {"size": keep_ratio_size(size, [int(side * factor) for side in self.scale])}
+
+    def _draw_factor(self) -> float:
+        lowest, highest = self.scale_range
+        if self.scale_step is None:
+            return self.random_generator.uniform(lowest, highest)
+        # Rounded first: 0.7 / 0.1 is a little below 7.
+        steps = int(round((highest - lowest) / self.scale_step, 6))
+        return lowest + self.scale_step * int(self.random_generator.integers(steps + 1))
 
     def apply(self, img: np.ndarray, size: tuple[int, int], **params: Any) -> np.ndarray:
         return _resize(img, size, cv2.INTER_LINEAR)
@@ -233,3 +272,39 @@ class PhotometricDistortion(A.ImageOnlyTransform):
         if contrast is not None and contrast_last:
             img = scale_and_shift(img, contrast, 0)
         return img
+
+
+class PILPhotometricDistortion(A.ImageOnlyTransform):
+    """Brightness, contrast, saturation and hue, each with probability one half, in random order.
+
+    Gains of 0.6 to 1.4 of PIL's ImageEnhance, hue +-18 of PIL's 256 steps, all on uint8. This is
+    PaddleSeg's distortion, with which RTFormer was trained.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(p=1.0)
+
+    def get_params(self) -> dict[str, Any]:
+        draw = self.random_generator
+        amounts = {
+            "brightness": draw.uniform(0.6, 1.4),
+            "contrast": draw.uniform(0.6, 1.4),
+            "saturation": draw.uniform(0.6, 1.4),
+            "hue": int(draw.integers(-18, 18)),
+        }
+        names = [name for name in amounts if draw.random() < 0.5]
+        draw.shuffle(names)
+        return {"steps": [(name, amounts[name]) for name in names]}
+
+    def apply(self, img: np.ndarray, steps: list[tuple[str, float]], **params: Any) -> np.ndarray:
+        image = Image.fromarray(img)
+        for name, amount in steps:
+            if name == "brightness":
+                image = ImageEnhance.Brightness(image).enhance(amount)
+            elif name == "contrast":
+                image = ImageEnhance.Contrast(image).enhance(amount)
+            elif name == "saturation":
+                image = ImageEnhance.Color(image).enhance(amount)
+            else:
+                image = shift_pil_hue(image, int(amount))
+        return np.array(image)

@@ -6,9 +6,11 @@ import albumentations as A
 import cv2
 import numpy as np
 import pytest
+from PIL import Image, ImageEnhance
 
 from data.transforms import (
     PhotometricDistortion,
+    PILPhotometricDistortion,
     RandomCrop,
     RandomResize,
     keep_ratio_size,
@@ -18,6 +20,7 @@ from data.transforms import (
     scale_saturation,
     seed_transform,
     shift_hue,
+    shift_pil_hue,
     training_transform,
 )
 from segtrain.inference import IMAGE_MEAN, IMAGE_STD
@@ -72,6 +75,35 @@ def test_random_resize_keeps_the_shape_and_spans_the_range():
     assert 0.49 < min(factors) < 0.52
     assert 1.96 < max(factors) <= 2
     assert np.mean(factors) == pytest.approx(1.25, abs=0.08)
+
+
+def test_random_resize_may_start_from_the_size_of_the_image():
+    sizes = set()
+    for i in range(300):
+        sizes.add(draw(RandomResize(None, (0.5, 2.0), 0.25), i)["image"].shape[:2])
+    assert sizes == {(int(22.5 * k + 0.5), 30 * k) for k in range(2, 9)}
+    assert draw(RandomResize(None, (0.5, 0.5)), 0)["image"].shape[:2] == (45, 60)
+
+
+def test_steps_of_the_random_resize_are_equally_likely():
+    resize = RandomResize((120, 90), (0.5, 2.0), 0.25)
+    widths = [draw(resize, i)["image"].shape[1] for i in range(700)]
+    _, counts = np.unique(widths, return_counts=True)
+    assert len(counts) == 7
+    assert counts.min() > 70
+    assert counts.max() < 130
+
+
+@pytest.mark.parametrize(
+    ("scale_range", "step", "widths"),
+    [
+        ((1.0, 1.7), 0.1, {12 * k for k in range(10, 18)}),  # 0.7 / 0.1 is below 7
+        ((0.5, 1.2), 0.25, {60, 90, 120}),  # nothing above the highest
+    ],
+)
+def test_steps_end_at_the_highest_factor(scale_range, step, widths):
+    resize = RandomResize(None, scale_range, step)
+    assert {draw(resize, i)["image"].shape[1] for i in range(150)} == widths
 
 
 def test_random_crop_reaches_every_place_and_moves_image_and_mask_together():
@@ -169,6 +201,45 @@ def test_contrast_comes_second_or_last():
     assert (second != last).any()
 
 
+def test_pil_distortion_draws_what_paddleseg_does():
+    distortion = PILPhotometricDistortion()
+    draws = []
+    for i in range(2000):
+        seed_transform(A.Compose([distortion]), 0, 0, i)
+        draws.append(distortion.get_params()["steps"])
+    for name, low, high in (
+        ("brightness", 0.6, 1.4),
+        ("contrast", 0.6, 1.4),
+        ("saturation", 0.6, 1.4),
+        ("hue", -18, 17),
+    ):
+        values = [amount for steps in draws for step, amount in steps if step == name]
+        assert len(values) / len(draws) == pytest.approx(0.5, abs=0.05)
+        assert low <= min(values) < low + 0.05 * (high - low)
+        assert high - 0.05 * (high - low) < max(values) <= high
+    whole = [tuple(name for name, _ in steps) for steps in draws if len(steps) == 4]
+    assert len(whole) / len(draws) == pytest.approx(1 / 16, abs=0.02)  # independent coins
+    assert len(set(whole)) == 24  # every order
+
+
+def test_pil_distortion_is_that_of_pil():
+    steps = [("saturation", 1.3), ("brightness", 0.7), ("hue", -9), ("contrast", 1.4)]
+    result = PILPhotometricDistortion().apply(IMAGE, steps)
+    image = ImageEnhance.Color(Image.fromarray(IMAGE)).enhance(1.3)
+    hsv = np.array(ImageEnhance.Brightness(image).enhance(0.7).convert("HSV"))
+    hsv[..., 0] -= 9  # in 8 bits: hues are a circle
+    image = Image.merge("HSV", [Image.fromarray(np.ascontiguousarray(c)) for c in hsv.T])
+    expected = np.array(ImageEnhance.Contrast(image.convert("RGB")).enhance(1.4))
+    np.testing.assert_array_equal(result, expected.swapaxes(0, 1))
+    np.testing.assert_array_equal(PILPhotometricDistortion().apply(IMAGE, []), IMAGE)
+
+
+def test_pil_hue_is_a_circle():
+    red = Image.new("RGB", (1, 1), (200, 0, 0))
+    assert shift_pil_hue(red, 85).getpixel((0, 0)) == (0, 200, 0)
+    assert shift_pil_hue(red, -86).getpixel((0, 0)) == (0, 0, 200)
+
+
 def test_padding_is_zero_after_normalisation_and_ignored():
     transform = training_transform((150, 100), (120, 90), (1.0, 1.0), 1.0, photometric=True)
     seed_transform(transform, 0, 0, 0)
@@ -185,6 +256,17 @@ def test_albumentations_knows_every_argument_it_is_given():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         training_transform((90, 120), (120, 90), (1.0, 1.0), 1.0, photometric=True)
+        training_transform((90, 120), None, (0.5, 2.0), 1.0, "pil", scale_step=0.25)
+
+
+def test_the_options_of_rtformer_reach_the_transforms():
+    transform = training_transform((180, 240), None, (0.5, 2.0), 1.0, "pil", scale_step=0.25)
+    assert isinstance(transform[3], PILPhotometricDistortion)
+    widths = set()
+    for i in range(60):
+        seed_transform(transform, 0, 0, i)
+        widths.add(int((transform(image=IMAGE, mask=MASK)["mask"][0] != 255).sum()))
+    assert widths == {30 * k for k in range(2, 9)}
 
 
 def test_flip_happens_half_of_the_time_and_not_with_anything_else():
