@@ -49,6 +49,42 @@ def decode_label(content: bytes, where: str) -> np.ndarray:
     return label
 
 
+def decode_colored_label(content: bytes, where: str, colors: np.ndarray) -> np.ndarray:
+    """Decode a label PNG that shows each class in a colour of its own.
+
+    Args:
+        content: of the file.
+        where: names it.
+        colors: (N, 3) uint8 RGB of the raw ids 0..N-1.
+
+    Returns:
+        raw ids, (H, W) uint8.
+
+    Raises:
+        UserError: the file is damaged, or shows another colour.
+    """
+    label = _decode(content, cv2.IMREAD_COLOR_RGB)
+    if label is None:
+        raise _damaged(where)
+    codes, known = _color_codes(label), _color_codes(colors)
+    order = np.argsort(known)
+    ids = order[np.searchsorted(known, codes, sorter=order).clip(max=len(colors) - 1)]
+    other = known[ids] != codes
+    if other.any():
+        color = tuple(label[other][0].tolist())
+        raise UserError(
+            f"{where}: no class has the colour {color}. Put back the label files as distributed:"
+            " resized, converted or repainted ones do not fit"
+        )
+    return ids.astype(np.uint8)
+
+
+def _color_codes(colors: np.ndarray) -> np.ndarray:
+    """One number for each colour: (..., 3) uint8 -> (...) int32."""
+    red, green, blue = np.moveaxis(colors.astype(np.int32), -1, 0)
+    return red << 16 | green << 8 | blue
+
+
 def decode_matlab_label(content: bytes, where: str) -> np.ndarray:
     """Decode the label map `S` of a COCO-Stuff 10k .mat file to the ids of the 164k PNGs.
 

@@ -24,12 +24,14 @@ class ClassTable:
         palette: (K, 3) uint8 RGB.
         raw_ids: the ids that label files may hold, in words.
         raw_to_train: (256,) uint8, raw id -> train id or 255 (ignored).
+        raw_colors: (N, 3) uint8 RGB of the raw ids 0..N-1 where label files show colours instead.
     """
 
     class_names: tuple[str, ...]
     palette: np.ndarray
     raw_ids: str
     raw_to_train: np.ndarray
+    raw_colors: np.ndarray | None = None
 
     def to_train_ids(self, raw: np.ndarray, where: str) -> np.ndarray:
         """Turn a raw label map (H, W) uint8 into train ids (H, W) uint8.
@@ -48,23 +50,25 @@ class ClassTable:
             )
         return mask
 
-    def for_converted_labels(self) -> ClassTable:
-        """The table for label files that hold train ids already."""
+    def for_converted_labels(self, ignored: int = IGNORE_INDEX) -> ClassTable:
+        """The table for label files that hold train ids already, and `ignored` elsewhere."""
         raw_to_train = np.full(256, _NOT_ALLOWED, dtype=np.uint8)
         classes = len(self.class_names)
         raw_to_train[:classes] = np.arange(classes)
-        raw_to_train[IGNORE_INDEX] = IGNORE_INDEX
-        raw_ids = f"0 to {classes - 1} and {IGNORE_INDEX} (converted labels)"
-        return replace(self, raw_ids=raw_ids, raw_to_train=raw_to_train)
+        raw_to_train[ignored] = IGNORE_INDEX
+        raw_ids = f"0 to {classes - 1} and {ignored} (converted labels)"
+        return replace(self, raw_ids=raw_ids, raw_to_train=raw_to_train, raw_colors=None)
 
 
 def load_class_table(name: str) -> ClassTable:
     """The table in `classes/<name>.json`."""
     content = json.loads(Path(__file__).with_name(f"{name}.json").read_text(encoding="utf-8"))
+    raw_colors = content.get("raw_colors")
     raw_to_train = [_NOT_ALLOWED if i is None else i for i in content["raw_to_train"]]
     return ClassTable(
         class_names=tuple(c["name"] for c in content["classes"]),
         palette=np.array([c["color"] for c in content["classes"]], dtype=np.uint8),
         raw_ids=content["raw_ids"],
         raw_to_train=np.array(raw_to_train, dtype=np.uint8),
+        raw_colors=None if raw_colors is None else np.array(raw_colors, dtype=np.uint8),
     )

@@ -10,6 +10,8 @@ import cv2
 import numpy as np
 import scipy.io
 
+from data.classes import load_class_table
+
 SIZE = (40, 60)  # height, width
 
 
@@ -70,6 +72,36 @@ def write_cocostuff_10k(root: Path, train: int = 5, val: int = 3) -> None:
     (root / "imageLists/test.txt").write_text("\n".join(stems[:val]) + "\n")
 
 
+def write_camvid(root: Path) -> None:
+    """Both ends of each part that SegNet's split makes of the sequences."""
+    train = ["0001TP_006690", "0001TP_008520", "0006R0_f00930", "0016E5_00390", "0016E5_08640"]
+    val = ["0001TP_008550", "0001TP_010380", "Seq05VD_f00000"]
+    colors = load_class_table("camvid").raw_colors
+    for stems in (train, val):
+        for i, stem in enumerate(stems):
+            _write(root / "701_StillsRaw_full" / f"{stem}.png", random_image(i))
+            label = colors[random_ids(i, [0, 1, 5, 22, 31])]
+            _write(root / "LabeledApproved_full" / f"{stem}_L.png", label[..., ::-1])
+
+
+def write_segnet_camvid(root: Path) -> None:
+    """SegNet's copy of CamVid: numbered labels."""
+    for folder, count in (("train", 3), ("val", 2), ("test", 3)):
+        for i in range(count):
+            _write(root / folder / f"{folder}_{i}.png", random_image(i))
+            _write(root / f"{folder}annot" / f"{folder}_{i}.png", random_ids(i, [0, 4, 10, 11]))
+
+
+def write_imagenet(root: Path, classes: int = 4, train: int = 2, val: int = 1) -> None:
+    """As many images of each class; their sizes differ."""
+    for split, count in (("train", train), ("val", val)):
+        for k in range(classes):
+            for i in range(count):
+                folder = f"n{k:08d}"
+                path = root / split / folder / f"{folder}_{split}_{i}.JPEG"
+                _write(path, random_image(10 * k + i, (40 + k % 3, 50 + i)))
+
+
 def zip_folders(archive: Path, base: Path, *folders: str) -> None:
     """Move folders below `base` into a zip that holds their names as they are from `base`."""
     with zipfile.ZipFile(archive, "w") as target:
@@ -82,6 +114,7 @@ def zip_folders(archive: Path, base: Path, *folders: str) -> None:
 
 WRITERS = {
     "ade20k": write_ade20k,
+    "camvid": write_camvid,
     "cityscapes": write_cityscapes,
     "cocostuff": write_cocostuff,
     "cocostuff 10k": write_cocostuff_10k,
@@ -92,6 +125,9 @@ def zip_dataset(name: str, root: Path) -> None:
     """Replace the unpacked folders of a data set by its official zips."""
     if name == "ade20k":
         zip_folders(root / "ADEChallengeData2016.zip", root, "ADEChallengeData2016")
+    elif name == "camvid":
+        zip_folders(root / "701_StillsRaw_full.zip", root, "701_StillsRaw_full")
+        zip_folders(root / "LabeledApproved_full.zip", root / "LabeledApproved_full", "")
     elif name == "cityscapes":
         for folder in ("leftImg8bit", "gtFine"):
             zip_folders(root / f"{folder}_trainvaltest.zip", root, folder)

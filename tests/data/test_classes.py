@@ -72,6 +72,37 @@ def test_raw_ids_without_pixels_in_cocostuff_are_the_eleven_removed_ones():
     assert ignored.tolist() == [i - 1 for i in coco_ids] + [255]
 
 
+@pytest.mark.parametrize(
+    ("class_name", "colors"),
+    [
+        ("sky", [(128, 128, 128)]),
+        # Building, archway, bridge, tunnel and wall.
+        ("building", [(128, 0, 0), (192, 0, 128), (0, 128, 64), (64, 0, 64), (64, 192, 0)]),
+        ("pole", [(192, 192, 128), (0, 0, 64)]),  # and traffic cone
+        ("road", [(128, 64, 128), (128, 0, 192), (192, 0, 64)]),  # and both lane markings
+        ("pavement", [(0, 0, 192), (64, 192, 128), (128, 128, 192)]),  # parking block, shoulder
+        ("tree", [(128, 128, 0), (192, 192, 0)]),  # and other vegetation
+        ("sign symbol", [(192, 128, 128), (128, 128, 64), (0, 64, 64)]),  # text, traffic light
+        ("fence", [(64, 64, 128)]),
+        # Car, pickup, truck or bus, train and other moving things.
+        ("car", [(64, 0, 128), (64, 128, 192), (192, 128, 192), (192, 64, 128), (128, 64, 64)]),
+        # Pedestrian, child, pram and animal.
+        ("pedestrian", [(64, 64, 0), (192, 128, 64), (64, 0, 192), (64, 128, 64)]),
+        ("bicyclist", [(0, 128, 192), (192, 0, 192)]),  # and motorcycle
+        (None, [(0, 0, 0)]),
+    ],
+)
+def test_segnets_groups_of_the_labels_of_camvid(class_name, colors):
+    table = load_class_table("camvid")
+    assert len(table.raw_colors) == len(np.unique(table.raw_colors, axis=0)) == 32
+    train_id = 255 if class_name is None else table.class_names.index(class_name)
+    members = table.raw_colors[table.raw_to_train[:32] == train_id]
+    assert {tuple(color) for color in members.tolist()} == set(colors)
+    if class_name is not None:
+        assert tuple(table.palette[train_id].tolist()) == colors[0]
+        assert len(table.class_names) == 11
+
+
 def test_id_outside_the_table_names_file_ids_and_range():
     with pytest.raises(UserError) as error:
         load_class_table("cityscapes").to_train_ids(

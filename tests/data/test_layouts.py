@@ -12,7 +12,14 @@ import pytest
 import data
 from data.files import Place
 from segtrain.errors import UserError
-from tests.data.layouts import SIZE, WRITERS, random_ids, random_image, zip_dataset
+from tests.data.layouts import (
+    SIZE,
+    WRITERS,
+    random_ids,
+    random_image,
+    write_segnet_camvid,
+    zip_dataset,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*officially:UserWarning")
 
@@ -44,6 +51,7 @@ def test_zips_give_the_same_samples_as_folders(open_small, tmp_path, name, worke
     ("name", "raw_to_train"),
     [
         ("ade20k", {0: 255, 1: 0, 2: 1, 75: 74, 150: 149}),
+        ("camvid", {0: 255, 1: 9, 5: 1, 22: 0, 31: 1}),
         ("cityscapes", {0: 255, 7: 0, 26: 13, 33: 18}),
         ("cocostuff", {0: 0, 12: 11, 91: 80, 181: 170, 255: 255}),
         ("cocostuff 10k", {0: 255, 1: 0, 13: 11, 182: 170}),  # COCO ids, not PNG values
@@ -55,7 +63,50 @@ def test_pixels_and_ids_are_those_of_the_files(open_small, name, raw_to_train):
         expected = np.vectorize(raw_to_train.get)(raw)
         np.testing.assert_array_equal(batch["mask"][0], expected)
         error = np.abs(batch["image"][0].numpy().astype(int) - random_image(i)[..., ::-1]).mean()
-        assert error < (1 if name == "cityscapes" else 8)  # the others are JPEG
+        assert error < (1 if name in ("camvid", "cityscapes") else 8)  # the others are JPEG
+
+
+def test_camvid_is_split_by_sequence(open_small):
+    camvid = open_small("camvid")
+    names = {
+        split: [stem for stem, _, _ in camvid.find_split(split).files] for split in ("train", "val")
+    }
+    assert names == {
+        "train": [
+            "0001TP_006690",
+            "0001TP_008520",
+            "0006R0_f00930",
+            "0016E5_00390",
+            "0016E5_08640",
+        ],
+        "val": ["0001TP_008550", "0001TP_010380", "Seq05VD_f00000"],
+    }
+
+
+def test_camvid_as_segnet_has_it(tmp_path):
+    write_segnet_camvid(tmp_path)
+    camvid = data.CamVid(tmp_path, workers=0)
+    camvid.check()
+    assert camvid.image_size_for_cost == (360, 480)
+    stems = [stem for stem, _, _ in camvid.find_split("train").files]
+    assert stems == ["train_0", "train_1", "train_2", "val_0", "val_1"]
+    for i, batch in enumerate(samples(camvid)):
+        assert batch["name"] == [f"test_{i}"]
+        raw = random_ids(i, [0, 4, 10, 11])
+        np.testing.assert_array_equal(batch["mask"][0], np.where(raw == 11, 255, raw))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_colour_of_no_class(open_small, tmp_path, workers):
+    camvid = open_small("camvid", workers=workers)
+    path = tmp_path / "LabeledApproved_full/0001TP_008550_L.png"
+    label = cv2.imread(str(path))
+    label[3, 4] = (66, 128, 64)
+    cv2.imwrite(str(path), label)
+    with pytest.raises(UserError) as error:
+        samples(camvid)
+    message = f"{path}: no class has the colour (64, 128, 66). Put back the label files"
+    assert str(error.value).startswith(message)
 
 
 def test_ade20k_root_may_be_the_folder_itself(open_small, tmp_path):
@@ -186,6 +237,7 @@ def test_damaged_file_in_a_zip(open_small, tmp_path):
     [
         ("ade20k", "ADEChallengeData2016/images/validation/ADE_val_00000002.jpg"),
         ("ade20k", "ADEChallengeData2016/annotations/validation/ADE_val_00000002.png"),
+        ("camvid", "LabeledApproved_full/0001TP_008550_L.png"),
         ("cityscapes", "leftImg8bit/val/lindau/lindau_000001_000019_leftImg8bit.png"),
         ("cocostuff 10k", "annotations/COCO_train2014_000000000002.mat"),
     ],
@@ -271,5 +323,6 @@ def test_unknown_names():
 def test_costs_are_of_images_as_they_are_evaluated(tmp_path):
     assert data.ADE20K(tmp_path).image_size_for_cost == (512, 512)
     assert data.ADE20K(tmp_path, eval_scale=(2048, 640)).image_size_for_cost == (640, 640)
+    assert data.CamVid(tmp_path).image_size_for_cost == (720, 960)
     assert data.Cityscapes(tmp_path).image_size_for_cost == (1024, 2048)
     assert data.Cityscapes(tmp_path, eval_scale=(1024, 512)).image_size_for_cost == (512, 1024)
