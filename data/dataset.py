@@ -10,7 +10,12 @@ import albumentations as A
 import numpy as np
 from torch.utils.data import Dataset, default_collate
 
-from data.decoding import decode_image, decode_label, decode_matlab_label
+from data.decoding import (
+    decode_colored_label,
+    decode_image,
+    decode_label,
+    decode_matlab_label,
+)
 from data.files import Split
 from data.transforms import resize_for_evaluation, seed_transform
 from segtrain.errors import UserError
@@ -43,8 +48,13 @@ def load_label(split: Split, index: int) -> np.ndarray:
     """The mask of `load` alone."""
     _, _, name = split.files[index]
     file = f"{split.labels}/{name}"
-    decode = decode_matlab_label if name.endswith(".mat") else decode_label
-    return split.table.to_train_ids(decode(split.labels.read(name), file), file)
+    content = split.labels.read(name)
+    if split.table.raw_colors is not None:
+        raw = decode_colored_label(content, file, split.table.raw_colors)
+    else:
+        decode = decode_matlab_label if name.endswith(".mat") else decode_label
+        raw = decode(content, file)
+    return split.table.to_train_ids(raw, file)
 
 
 class TrainingImages(Dataset[dict[str, Any]]):
@@ -63,10 +73,13 @@ class TrainingImages(Dataset[dict[str, Any]]):
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, index = key
-        name, image, mask = load(self.split, index)
         seed_transform(self.transform, self.seed, epoch, index)
-        sample = self.transform(image=image, mask=mask)
-        return {**sample, "name": name, "epoch": epoch, "index": index}
+        return {**self.sample(index), "epoch": epoch, "index": index}
+
+    def sample(self, index: int) -> dict[str, Any]:
+        """Image, mask and name, transformed by what was seeded last."""
+        name, image, mask = load(self.split, index)
+        return {**self.transform(image=image, mask=mask), "name": name}
 
 
 class EvaluationImages(Dataset[dict[str, Any]]):
@@ -81,9 +94,13 @@ class EvaluationImages(Dataset[dict[str, Any]]):
         return len(self.split.files)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.sample(index), "index": index}
+
+    def sample(self, index: int) -> dict[str, Any]:
+        """Resized image, mask and name."""
         name, image, mask = load(self.split, index)
         image = resize_for_evaluation(image, self.scale, self.size_divisor)
-        return {"image": image, "mask": mask, "name": name, "index": index}
+        return {"image": image, "mask": mask, "name": name}
 
 
 def collate_evaluation(samples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from data.dataset import EvaluationImages, TrainingImages, collate_evaluation, l
 from data.files import Place, Split
 from data.loader import SegmentationLoader, automatic_workers, prepare_worker
 from data.sampling import EndlessBatchSampler, RankSampler
-from data.transforms import keep_ratio_size, training_transform
+from data.transforms import Photometric, keep_ratio_size, training_transform
 from segtrain.errors import UserError
 from segtrain.inference import IMAGE_MEAN, IMAGE_STD
 
@@ -42,10 +42,13 @@ class SegmentationData(lightning.LightningDataModule, ABC):
         eval_batch_size: evaluation images per step and rank; more than 1 needs equal sizes.
         workers: loading processes per rank; "auto" shares the cores out, at most 8 each.
         crop_size: (height, width) of training crops.
-        train_scale: (long, short) side that training images are resized into, times a factor.
+        train_scale: (long, short) side that training images are resized into, times a factor; None
+            for the size that they have.
         scale_range: lowest and highest factor.
-        cat_max_ratio: crops are redrawn while one class covers at least this share.
-        photometric: whether training colours are distorted.
+        scale_step: between the factors that are drawn; None draws any.
+        cat_max_ratio: crops are redrawn while one class covers at least this share; 1 never does.
+        photometric: whether training colours are distorted; "pil" for PaddleSeg's distortion
+            instead of MMSegmentation's.
         eval_scale: (long, short) side that evaluation images are resized into; None keeps them.
         size_divisor: evaluation images are resized up to multiples of it; None keeps them.
         seed: of order and augmentation.
@@ -69,10 +72,11 @@ class SegmentationData(lightning.LightningDataModule, ABC):
         eval_batch_size: int = 1,
         workers: int | Literal["auto"] = "auto",
         crop_size: Sequence[int] = (512, 512),
-        train_scale: Sequence[int] = (2048, 512),
+        train_scale: Sequence[int] | None = (2048, 512),
         scale_range: Sequence[float] = (0.5, 2.0),
+        scale_step: float | None = None,
         cat_max_ratio: float = 0.75,
-        photometric: bool = True,
+        photometric: Photometric = True,
         eval_scale: Sequence[int] | None = (2048, 512),
         size_divisor: int | None = 32,
         seed: int = 0,
@@ -87,6 +91,7 @@ class SegmentationData(lightning.LightningDataModule, ABC):
         self.crop_size = crop_size
         self.train_scale = train_scale
         self.scale_range = scale_range
+        self.scale_step = scale_step
         self.cat_max_ratio = cat_max_ratio
         self.photometric = photometric
         self.eval_scale = eval_scale
@@ -220,18 +225,27 @@ class SegmentationData(lightning.LightningDataModule, ABC):
         self._start = state_dict["samples_seen"]
         self._start_step = None
 
-    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """An endless loader that starts behind the samples already seen."""
-        self._start = self.samples_seen
-        self._start_step = self.trainer.global_step if self.trainer else None
+    def training_images(self) -> TrainingImages:
+        """The training images, augmented."""
         transform = training_transform(
             self.crop_size,
             self.train_scale,
             self.scale_range,
             self.cat_max_ratio,
             self.photometric,
+            self.scale_step,
         )
-        dataset = TrainingImages(self._limited_split("train"), transform, self.seed)
+        return TrainingImages(self._limited_split("train"), transform, self.seed)
+
+    def evaluation_images(self) -> EvaluationImages:
+        """The evaluation images, resized."""
+        return EvaluationImages(self._limited_split("val"), self.eval_scale, self.size_divisor)
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """An endless loader that starts behind the samples already seen."""
+        self._start = self.samples_seen
+        self._start_step = self.trainer.global_step if self.trainer else None
+        dataset = self.training_images()
         rank, world_size = self._rank_and_world_size()
         batches = EndlessBatchSampler(
             len(dataset),
@@ -249,7 +263,7 @@ class SegmentationData(lightning.LightningDataModule, ABC):
         Raises:
             UserError: there are fewer images than ranks.
         """
-        dataset = EvaluationImages(self._limited_split("val"), self.eval_scale, self.size_divisor)
+        dataset = self.evaluation_images()
         rank, world_size = self._rank_and_world_size()
         if len(dataset) < world_size:
             # A rank without a batch would skip what the others then wait for.
