@@ -37,6 +37,19 @@ SEGFORMERPP = {
     "segformerpp_b5_ade20k_640": ("segformer_b5", "ade20k", 640, 8),
     "segformerpp_b5_cocostuff": ("segformer_b5", "cocostuff", 512, 8),
 }
+# What all recipes but the embedded data's have in common.
+CRITERION = {
+    "class_weights": None,
+    "auxiliary_weight": 0.4,
+    "hard_examples": None,
+    "label_smoothing": 0.0,
+}
+RTFORMER = {
+    f"rtformer_{size}_{data}": (f"rtformer_{size}", data)
+    for size in ("slim", "base")
+    for data in ("ade20k", "camvid", "cityscapes", "cocostuff")
+}
+PRETRAINING = {f"rtformer_{size}_imagenet": f"rtformer_{size}" for size in ("slim", "base")}
 
 
 def names(group: str) -> list[str]:
@@ -84,17 +97,18 @@ def test_data_files_name_the_arguments_of_their_data_module(name):
 
     module = {
         "ade20k": data.ADE20K,
+        "camvid": data.CamVid,
         "cityscapes": data.Cityscapes,
         "cocostuff": data.COCOStuff,
+        "imagenet": data.ImageNet,
         "scenes": data.Scenes,
     }[name]
-    accepted: set[str] = set()
-    for ancestor in inspect.getmro(module):
-        if "data." in ancestor.__module__ and "__init__" in vars(ancestor):
-            accepted |= set(inspect.signature(ancestor).parameters)
+    accepted = set(inspect.signature(module).parameters)
+    if "options" in accepted:  # what it hands on
+        accepted = accepted - {"options"} | set(inspect.signature(data.SegmentationData).parameters)
     section = values(f"data={name}")["data"]
     assert section.pop("name") == name
-    assert section.keys() == accepted - {"options"}
+    assert section.keys() == accepted
 
 
 @pytest.mark.parametrize("name", names("model"))
@@ -113,7 +127,8 @@ def test_model_files_hold_the_published_values(name):
 
 
 def test_every_recipe_is_checked_below():
-    assert set(EXPERIMENTS) == EDAFORMER.keys() | SEGFORMER.keys() | SEGFORMERPP.keys()
+    tables = (EDAFORMER, SEGFORMER, SEGFORMERPP, RTFORMER, PRETRAINING)
+    assert set(EXPERIMENTS) == set().union(*tables)
 
 
 def check_what_the_papers_share(composed, model, data, side, batch_size):
@@ -123,7 +138,7 @@ def check_what_the_papers_share(composed, model, data, side, batch_size):
     assert optimizer.items() <= composed["optimizer"].items()
     schedule = {"steps": 160000, "warmup_steps": 1500, "warmup_factor": 1e-6, "power": 1.0}
     assert schedule.items() <= composed["schedule"].items()
-    assert composed["criterion"] == {"reduction": "all", "class_weights": None}
+    assert composed["criterion"] == CRITERION | {"reduction": "all"}
     cityscapes = data == "cityscapes"
     images = {
         "batch_size": batch_size,
@@ -178,18 +193,78 @@ def test_recipes_of_segformer(name):
     assert composed["callbacks"]["checkpoints"]["every"] == 16000
 
 
+@pytest.mark.parametrize("name", RTFORMER)
+def test_recipes_of_rtformer(name):
+    model, data = RTFORMER[name]
+    composed = values(f"experiment={name}")
+    small = data in ("ade20k", "cocostuff")  # crops of 512x512, as PaddleSeg has them for ADE20K
+    one_injection = small or model == "rtformer_base"
+    assert composed["model"] == values(f"model={model}")["model"] | {
+        "name": model,
+        "head": "segmentation",
+        "cross_size": 8 if small and model == "rtformer_slim" else 12,
+        "injection": [True, not one_injection],
+        "attention": "gfa",
+        "drop_path": 0.1 if small else 0.2,
+    }
+    assert composed["optimizer"] == {
+        "learning_rate": 1e-4 if small else 4e-4,
+        "betas": [0.9, 0.999],
+        "weight_decay": 0.05 if small else 0.0125,
+        "groups": {"decoder": {"learning_rate_scale": 10.0}},
+    }
+    # The learning rates are compared in tests/training/test_rtformer_step.py.
+    steps = {"ade20k": 160000, "cocostuff": 160000, "cityscapes": 120000, "camvid": 37752}
+    schedule = {"steps": steps[data], "warmup_steps": 1500, "decay_start": 1500, "power": 1.0}
+    assert schedule.items() <= composed["schedule"].items()
+    assert composed["criterion"] == CRITERION | {"reduction": "valid"}
+    images = {
+        "batch_size": 4 if small else 3,
+        "crop_size": {"cityscapes": [512, 1024], "camvid": [720, 960]}.get(data, [512, 512]),
+        "train_scale": None,
+        "scale_range": [0.4, 1.6] if data == "camvid" else [0.5, 2.0],
+        "scale_step": None if data == "camvid" else 0.25,
+        "cat_max_ratio": 1.0,
+        "photometric": "pil",
+        "eval_batch_size": 1,
+        "eval_scale": [2048, 512] if small else None,
+        "size_divisor": 32 if small else None,
+    }
+    assert images.items() <= composed["data"].items()
+    assert composed["inference"]["mode"] == "whole"
+    trainer = {"sync_batchnorm": True, "precision": "32-true", "gradient_clip_val": None}
+    assert trainer.items() <= composed["trainer"].items()
+    assert composed["callbacks"]["ema"] is None
+
+
+@pytest.mark.parametrize("name", PRETRAINING)
+def test_recipes_of_pretraining(name):
+    composed = values(f"experiment={name}")
+    assert composed["data"]["name"] == "imagenet"
+    assert composed["model"] == values(f"model={PRETRAINING[name]}")["model"] | {
+        "head": "classification",
+        "drop_path": 0.1,
+    }
+    epoch = 1281167 / 1024  # steps
+    assert composed["schedule"]["steps"] == pytest.approx(300 * epoch, rel=0.002)
+    assert composed["schedule"]["warmup_steps"] == pytest.approx(5 * epoch, rel=0.002)
+    assert composed["criterion"] == CRITERION | {"reduction": "valid", "label_smoothing": 0.1}
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_the_batch_is_the_same_on_all_numbers_of_gpus(name):
     lines = (CONFIGS / f"experiment/{name}.yaml").read_text().splitlines()
     comments = " ".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
-    (batch,) = re.findall(r"160k steps of (\d+) crops", comments)
+    ((steps, batch),) = re.findall(r"([\d,]+k?) steps of (\d+) (?:crops|images)", comments)
+    steps = int(steps.replace(",", "").replace("k", "000"))
     ways = re.findall(r"trainer\.devices=\d+(?: [\w.]+=\d+)*", comments)
     assert len(ways) == 3
     for way in ways:
         composed = values(f"experiment={name}", *way.split())
+        assert composed["schedule"]["steps"] == steps
         trainer, data = composed["trainer"], composed["data"]
-        steps = trainer["accumulate_grad_batches"]
-        assert trainer["devices"] * data["batch_size"] * steps == int(batch), way
+        parts = trainer["accumulate_grad_batches"]
+        assert trainer["devices"] * data["batch_size"] * parts == int(batch), way
 
 
 def test_a_training_setting_by_its_values(tmp_path):
@@ -203,3 +278,16 @@ def test_a_training_setting_by_its_values(tmp_path):
     assert values(f"config={saved}") == composed
     changed = values(f"config={saved}", "model.training_setting={isr: [2,2,1,1]}")
     assert changed["model"] == composed["model"] | {"training_setting": {"isr": [2, 2, 1, 1]}}
+
+
+def test_hard_examples_by_some_of_their_values(tmp_path):
+    composed = values(
+        "experiment=rtformer_slim_cityscapes", "criterion.hard_examples={min_kept: 9}"
+    )
+    assert composed["criterion"]["hard_examples"] == {"min_kept": 9}
+    saved = tmp_path / "config.yaml"
+    saved.write_text(to_yaml(composed))
+    assert values(f"config={saved}") == composed
+    for given, kept in (("{threshold: 0.7}", {"threshold": 0.7}), ("null", None)):
+        changed = values(f"config={saved}", f"criterion.hard_examples={given}")
+        assert changed["criterion"] == composed["criterion"] | {"hard_examples": kept}
