@@ -204,6 +204,13 @@ def build_module(
     )
 
     network = create_network(**config["model"], num_classes=data_module.num_classes)
+    if network.classifies_images != data_module.classifies_images:
+        whole, parts = "one class for each image", "a class for each pixel"
+        has, wants = (parts, whole) if network.classifies_images else (whole, parts)
+        raise UserError(
+            f"model={config['model']['name']} gives {wants} and data={data_module.title} has {has}: "
+            "model.head=classification goes with data=imagenet"
+        )
     for key in ("encoder_weights", "weights", "ckpt"):
         if config[key] is not None and load:
             report = load_weights(network, config[key], backbone_only=key == "encoder_weights")

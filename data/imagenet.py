@@ -47,6 +47,7 @@ class ImageNet(SegmentationData):
 
     title = "ImageNet"
     ignore_index = -1
+    classifies_images = True
     official_images = (1281167, 50000)
     expected = (
         f"train/<class>/*{_SUFFIX} (1281167 in 1000 folders) and val/<class>/*{_SUFFIX} (50000 in"

@@ -56,6 +56,8 @@ class SegmentationData(lightning.LightningDataModule, ABC):
     """
 
     ignore_index: int = IGNORE_INDEX
+    #: Whether an image has one class, in a mask of one pixel.
+    classifies_images: bool = False
     nominal_image_size: tuple[int, int] = (512, 512)  # height, width
     # What a data set says about itself: its name, classes, and files as distributed.
     title: str

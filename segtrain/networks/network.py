@@ -33,6 +33,8 @@ class Network(nn.Module):
     #: Whether to compute the way the authors' code does, where ours gives the same scores with
     #: fewer operations; to count theirs.
     as_published: bool = False
+    #: Whether the scores are those of whole images, (B, K, 1, 1).
+    classifies_images: bool = False
 
     def __init__(
         self, num_classes: int, stride: int, settings: Sequence[Setting] = (Setting("full"),)

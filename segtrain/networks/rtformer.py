@@ -437,6 +437,7 @@ class RTFormer(Network):
                 num_classes, base_channels, context_channels, head_channels, auxiliary_head
             )
         else:
+            self.classifies_images = True
             self.decoder = Classifier(num_classes, base_channels)
         self.apply(initialise)
 

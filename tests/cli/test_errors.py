@@ -74,6 +74,13 @@ def test_what_segformer_refuses(fails, small, argument, parts):
         assert part in message
 
 
+def test_a_network_for_whole_images_is_not_trained_on_pixels(fails, small):
+    message = fails(*small, "model=rtformer_slim", "model.head=classification")
+    assert message.count("\n") == 1
+    assert "rtformer_slim gives one class for each image" in message
+    assert "has a class for each pixel: model.head=classification goes with data=imagenet" in message
+
+
 @pytest.mark.parametrize("name", ["ade20k", "cityscapes", "cocostuff"])
 def test_missing_data_says_what_was_expected_found_and_how_to_get_it(fails, name):
     message = fails(f"experiment=edaformer_tiny_{name}", "data.root=nowhere")
