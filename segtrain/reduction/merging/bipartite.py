@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from segtrain.reduction.merging.pair import NO_MERGING, Grid, Pair
+from segtrain.reduction.merging.slots import (
+    add_up,
+    at_least_float32,
+    take,
+    without_autocast,
+)
 
 #: Norms below it are taken for it: a token of zeros is similar to none, where the official code
 #: divides by its norm and gets NaN.
@@ -40,71 +45,59 @@ def match_bipartite(metric: Tensor, grid: Grid, stride: tuple[int, int], removed
     removed = min(removed, len(sources)) if len(destinations) else 0
     if removed <= 0:
         return NO_MERGING
-    slots = _slots(metric, destinations, sources, removed)[:, order]
-    batch, length = slots.shape
-    shortened = length - removed
-    rows = _rows_of_batch(slots, shortened)
-    ones = torch.ones(len(rows), device=rows.device)
-    counts = ones.new_zeros(batch * shortened).index_add(0, rows, ones)[:, None]
+    slots = fill_slots(*find_nearest(metric, destinations, sources), len(destinations), removed)
+    slots = slots[:, order]
+    length = metric.shape[1] - removed
+    counts = add_up(torch.ones_like(slots[:, :, None], dtype=torch.float32), slots, length)
 
     def merge(values: Tensor) -> Tensor:
-        values, dtype = _at_least_float32(values), values.dtype
-        sums = values.new_zeros(batch * shortened, values.shape[2])
-        means = sums.index_add(0, rows, values.flatten(0, 1)) / counts
-        return means.unflatten(0, (batch, shortened)).to(dtype)
+        return (add_up(at_least_float32(values), slots, length) / counts).to(values.dtype)
 
     def unmerge(values: Tensor) -> Tensor:
-        return values.flatten(0, 1).index_select(0, rows).unflatten(0, (batch, length))
+        return take(values, slots)
 
     return merge, unmerge
 
 
 @torch.no_grad()
-def _slots(metric: Tensor, destinations: Tensor, sources: Tensor, removed: int) -> Tensor:
-    """Where each token ends up, (B, N) int64: for the sources, then for the destinations.
+def find_nearest(metric: Tensor, destinations: Tensor, sources: Tensor) -> tuple[Tensor, Tensor]:
+    """The destination that each source resembles most.
 
-    The slots begin with the kept sources in grid order, then come the destinations.
+    Args:
+        metric: (B, N, C), the tokens that are compared, in float32 at least, also under autocast.
+        destinations: (d,) positions, the same in each image.
+        sources: (s,) positions.
+
+    Returns:
+        the cosine similarity (B, s), and which of the destinations it is (B, s).
     """
-    with _without_autocast(metric.device.type):
-        metric = _at_least_float32(metric)
-        ends = _take(metric, destinations)
+    with without_autocast(metric.device.type):
+        metric = at_least_float32(metric)
+        ends = _take_the_same(metric, destinations)
         ends = ends / ends.norm(dim=2, keepdim=True).clamp(min=TINY)
-        starts = _take(metric, sources)
+        starts = _take_the_same(metric, sources)
         # The length of a source does not change which destination is nearest.
         similarity, nearest = (starts @ ends.mT).max(dim=2)
-        similarity = similarity / starts.norm(dim=2).clamp(min=TINY)
-    kept = len(sources) - removed
+        return similarity / starts.norm(dim=2).clamp(min=TINY), nearest
+
+
+def fill_slots(similarity: Tensor, nearest: Tensor, num_destinations: int, removed: int) -> Tensor:
+    """Where each token ends up, (B, N) int64: for the sources, then for the destinations.
+
+    The slots begin with the kept sources in their order, then come the destinations. The
+    ``removed`` sources of highest similarity go to their nearest destination.
+    """
+    kept = similarity.shape[1] - removed
     least = similarity.topk(kept, dim=1, largest=False, sorted=False).indices
     is_kept = torch.zeros_like(similarity, dtype=torch.bool).scatter(1, least, True)
     slots = torch.where(is_kept, is_kept.cumsum(1) - 1, nearest + kept)
-    ends_slots = torch.arange(kept, kept + len(destinations), device=slots.device)
+    ends_slots = torch.arange(kept, kept + num_destinations, device=slots.device)
     return torch.cat([slots, ends_slots.expand(len(slots), -1)], dim=1)
 
 
-def _take(tokens: Tensor, positions: Tensor) -> Tensor:
+def _take_the_same(tokens: Tensor, positions: Tensor) -> Tensor:
     """(B, N, C) at the same positions (n,) of each image -> (B, n, C)."""
-    batch, length = tokens.shape[:2]
-    rows = _rows_of_batch(positions.expand(batch, -1), length)
-    return tokens.flatten(0, 1).index_select(0, rows).unflatten(0, (batch, -1))
-
-
-def _rows_of_batch(positions: Tensor, length: int) -> Tensor:
-    """Positions (B, n) in images of some length -> (B * n,) in the list of all their tokens.
-
-    Whole rows of one list are copied and added several times faster than along a middle axis.
-    """
-    first = length * torch.arange(len(positions), device=positions.device)
-    return (positions + first[:, None]).flatten()
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager[object]:
-    if not torch.amp.is_autocast_available(device_type):  # as for tensors without data
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
-
-
-def _at_least_float32(values: Tensor) -> Tensor:
-    return values.float() if values.dtype.itemsize < 4 else values
+    return take(tokens, positions.expand(len(tokens), -1))
 
 
 def _split(metric: Tensor, grid: Grid, stride: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
