@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from segtrain.errors import UserError, did_you_mean
 from segtrain.reduction import Setting
@@ -25,8 +25,10 @@ class Network(nn.Module):
     """
 
     setting_type: ClassVar[type[Setting]] = Setting
-    #: Whether the cost of a setting depends on what the image shows.
-    data_dependent: ClassVar[bool] = False
+    #: Whether the published costs are those of a window, where windows slide, and not of the image.
+    cost_of_window: ClassVar[bool] = False
+    #: The loss that takes what the network gives in training: cross_entropy or attention_to_mask.
+    criterion: ClassVar[str] = "cross_entropy"
     #: Classes of the modules that repeat, the units that are sharded and recomputed one at a time.
     #: They are called, and nothing else reads their parameters.
     block_types: ClassVar[tuple[type[nn.Module], ...]] = ()
@@ -35,6 +37,8 @@ class Network(nn.Module):
     as_published: bool = False
     #: Whether the scores are those of whole images, (B, K, 1, 1).
     classifies_images: bool = False
+    #: Optimiser steps that the weights have been trained for, for what changes with them.
+    step: int = 0
 
     def __init__(
         self, num_classes: int, stride: int, settings: Sequence[Setting] = (Setting("full"),)
@@ -49,6 +53,11 @@ class Network(nn.Module):
     def blocks(self) -> list[nn.Module]:
         """The modules of ``block_types``, outer ones before what they hold."""
         return [module for module in self.modules() if isinstance(module, self.block_types)]
+
+    @property
+    def data_dependent(self) -> bool:
+        """Whether the cost under the current setting depends on what the image shows."""
+        return self.setting.data_dependent
 
     @property
     def training_setting(self) -> Setting:
@@ -84,6 +93,10 @@ class Network(nn.Module):
 
     def check_setting(self, setting: Setting) -> None:
         """Raise UserError if a setting does not fit this network's layers."""
+
+    def fit_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A file's weights, by our names, in the shapes that this network has them in."""
+        return dict(weights)
 
     def train_under(self, setting: str | Setting | Mapping[str, Any]) -> None:
         """Make a setting the training setting, and the current one.

@@ -31,6 +31,27 @@ class Setting:
             key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()
         }
 
+    @property
+    def data_dependent(self) -> bool:
+        """Whether the cost depends on what the image shows."""
+        return False
+
+    @property
+    def threshold_range(self) -> tuple[float, float] | None:
+        """The ends of the one threshold that trades accuracy for cost; None if there is none.
+
+        Between them the cost never turns from rising to falling or back.
+        """
+        return None
+
+    def with_threshold(self, threshold: float) -> Self:
+        """This setting with another threshold, called by its values."""
+        raise NotImplementedError
+
+    def _renamed(self, **fields: Any) -> Self:
+        changed = dataclasses.replace(self, name="", **fields)
+        return dataclasses.replace(changed, name=changed.describe())
+
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Self:
         """Build a setting from plain values such as ``{"encoder": [16, 8, 2, 1], ...}``.
@@ -55,7 +76,7 @@ class Setting:
             key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
         }
         setting = cls(**{"name": ""} | plain)
-        return setting if setting.name else dataclasses.replace(setting, name=setting.describe())
+        return setting if setting.name else setting._renamed()
 
     def describe(self) -> str:
         """A name for values that nobody named."""

@@ -23,7 +23,7 @@ from segtrain.networks import Network
 from segtrain.reduction import Setting
 from segtrain.training.finite import Buffers, Loss, NonFiniteLoss, all_finite, first_problem
 from segtrain.training.logging import log_metrics
-from segtrain.training.optimization import AdamW, PolynomialSchedule
+from segtrain.training.optimization import Optimizer, PolynomialSchedule
 from segtrain.training.recomputation import recompute_blocks
 from segtrain.training.sharding import FullySharded
 
@@ -37,7 +37,7 @@ class SegmentationModule(LightningModule):
     Args:
         network: what is trained.
         criterion: from what the network gives in training and the labels (B, H, W) to the loss.
-        optimizer: learning rate, weight decay and their exceptions.
+        optimizer: which it is, learning rate, weight decay and their exceptions.
         schedule: the learning rate over the optimiser steps.
         inference: how images are scored in validation.
         log_every: optimiser steps between two rows of training metrics.
@@ -58,7 +58,7 @@ class SegmentationModule(LightningModule):
         self,
         network: Network,
         criterion: nn.Module,
-        optimizer: AdamW,
+        optimizer: Optimizer,
         schedule: PolynomialSchedule,
         inference: Inference | None = None,
         *,
@@ -138,6 +138,7 @@ class SegmentationModule(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
         trainer = self.trainer
+        self.network.step = trainer.global_step
         part = batch_index % trainer.accumulate_grad_batches
         seed_generators(self.device, self.seed, trainer.global_step, part, trainer.global_rank)
 

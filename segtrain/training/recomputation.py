@@ -31,7 +31,7 @@ def recompute_blocks(network: Network) -> None:
         block.forward = functools.partial(_recomputed, block.forward)
 
 
-def _recomputed(forward: Callable[..., Any], *arguments: Any) -> Any:
+def _recomputed(forward: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     if not torch.is_grad_enabled():
-        return forward(*arguments)
-    return checkpoint(forward, *arguments, use_reentrant=False)
+        return forward(*arguments, **named)
+    return checkpoint(forward, *arguments, use_reentrant=False, **named)
