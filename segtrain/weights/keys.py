@@ -89,7 +89,7 @@ class KeyTable:
         ours = {
             name
             for name in self.modules.values()
-            if name.startswith(ENCODER) and not name.startswith(self.optional)
+            if name.startswith(ENCODER) and not f"{name}.".startswith(self.optional)
         }
         return sum(not any(map(_pattern(name).fullmatch, modules)) for name in ours)
 

@@ -70,14 +70,15 @@ def load_weights(
     path = Path(path)
     demanded = _read_folder_config(network, path) if path.is_dir() else {}
     weights = read_weights(path)
-    table, named, unknown = _our_names(weights, network)
+    table, named, unknown = _our_names(weights, network, backbone_only)
     if not named or (table and table.network != _module(network)):
         raise UserError(f"weights {path}: {_foreign(network, table, weights, named)}")
     own = network.state_dict()
     if backbone_only:
         own, named = _encoder_part(own), _encoder_part(named)
     named = {
-        name: _as_layer(value, own[name]) if name in own else value for name, value in named.items()
+        name: _as_layer(value, own[name]) if name in own else value
+        for name, value in network.fit_weights(named).items()
     }
     shapes = {
         name: (tuple(named[name].shape), tuple(value.shape))
@@ -150,22 +151,31 @@ def _as_layer(value: Tensor, own: Tensor) -> Tensor:
 
 
 def _our_names(
-    weights: Mapping[str, Tensor], network: Network
+    weights: Mapping[str, Tensor], network: Network, backbone_only: bool
 ) -> tuple[KeyTable | None, dict[str, Tensor], list[str]]:
     """The origin that knows most of a file's names, the weights by our names, unknown names.
 
+    Where the encoder alone is wanted, only its names count: that of another network may fit.
     Networks that share blocks share names: among origins that know equally many, it is the one
     whose encoder the file fills, and then one of this very network. No table stands for our own
     names; if nobody knows any name, no weight is returned.
     """
+
+    def count(names: Iterable[str]) -> int:
+        return sum(name.startswith(ENCODER) or not backbone_only for name in names)
+
     own = network.state_dict()
-    known = sum(name in own for name in weights)
+    known = count(name for name in weights if name in own)
     best: tuple[KeyTable | None, dict[str, Tensor], list[str]]
     best, rank = (None, dict(weights) if known else {}, []), (known, 0, True)
     for table in key_tables():
         named, unknown = table.rename(weights)
-        if named and len(named) >= rank[0]:
-            table_rank = (len(named), -table.encoder_gaps(named), table.network == _module(network))
+        if named and count(named) >= rank[0]:
+            table_rank = (
+                count(named),
+                -table.encoder_gaps(named),
+                table.network == _module(network),
+            )
             if table_rank > rank:
                 best, rank = (table, named, unknown), table_rank
     return best
