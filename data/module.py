@@ -19,6 +19,13 @@ from data.dataset import EvaluationImages, TrainingImages, collate_evaluation, l
 from data.files import Place, Split
 from data.loader import SegmentationLoader, automatic_workers, prepare_worker
 from data.sampling import EndlessBatchSampler, RankSampler
+from data.superpatches import (
+    CLASS_NAMES,
+    PALETTE,
+    Superpatches,
+    SuperpatchImages,
+    label_superpatches,
+)
 from data.transforms import Photometric, keep_ratio_size, training_transform
 from segtrain.errors import UserError
 from segtrain.inference import IMAGE_MEAN, IMAGE_STD
@@ -51,6 +58,8 @@ class SegmentationData(lightning.LightningDataModule, ABC):
             instead of MMSegmentation's.
         eval_scale: (long, short) side that evaluation images are resized into; None keeps them.
         size_divisor: evaluation images are resized up to multiples of it; None keeps them.
+        superpatches: masks say of 32x32 pixels of the resized images whether they show one class,
+            by `label_superpatches`; None leaves masks of pixels.
         seed: of order and augmentation.
         limit_train, limit_eval: use the first so many images only; None uses all.
     """
@@ -81,6 +90,7 @@ class SegmentationData(lightning.LightningDataModule, ABC):
         photometric: Photometric = True,
         eval_scale: Sequence[int] | None = (2048, 512),
         size_divisor: int | None = 32,
+        superpatches: Superpatches | None = None,
         seed: int = 0,
         limit_train: int | None = None,
         limit_eval: int | None = None,
@@ -98,6 +108,7 @@ class SegmentationData(lightning.LightningDataModule, ABC):
         self.photometric = photometric
         self.eval_scale = eval_scale
         self.size_divisor = size_divisor
+        self.superpatches = superpatches
         self.seed = seed
         self.limits: dict[SplitName, int | None] = {"train": limit_train, "val": limit_eval}
         self._splits: dict[SplitName, Split] = {}
@@ -126,12 +137,12 @@ class SegmentationData(lightning.LightningDataModule, ABC):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        return self.table.class_names
+        return self.table.class_names if self.superpatches is None else CLASS_NAMES
 
     @property
     def palette(self) -> np.ndarray:
         """(K, 3) uint8 RGB."""
-        return self.table.palette
+        return self.table.palette if self.superpatches is None else PALETTE
 
     def check(self, splits: Sequence[SplitName] = ("train", "val")) -> None:
         """Look whether the files are there, before anything expensive is built.
@@ -204,11 +215,17 @@ class SegmentationData(lightning.LightningDataModule, ABC):
         return replace(split, files=split.files[: self.limits[name]])
 
     def class_counts(self) -> np.ndarray:
-        """(K,) labelled pixels of each class, over at most 2,000 evenly spaced training images."""
+        """(K,) labelled pixels of each class, over at most 2,000 evenly spaced training images.
+
+        With superpatches it is those of the images at their own size.
+        """
         split = self._limited_split("train")
         counts = np.zeros(256, dtype=np.int64)
         for index in range(0, len(split.files), -(-len(split.files) // 2000)):
-            counts += np.bincount(load_label(split, index).ravel(), minlength=256)
+            mask = load_label(split, index)
+            if self.superpatches is not None:
+                mask = label_superpatches(mask, self.superpatches)
+            counts += np.bincount(mask.ravel(), minlength=256)
         return counts[: self.num_classes]
 
     @property
@@ -243,11 +260,16 @@ class SegmentationData(lightning.LightningDataModule, ABC):
         """The evaluation images, resized."""
         return EvaluationImages(self._limited_split("val"), self.eval_scale, self.size_divisor)
 
+    def _labelled(
+        self, images: TrainingImages | EvaluationImages
+    ) -> TrainingImages | EvaluationImages | SuperpatchImages:
+        return images if self.superpatches is None else SuperpatchImages(images, self.superpatches)
+
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """An endless loader that starts behind the samples already seen."""
         self._start = self.samples_seen
         self._start_step = self.trainer.global_step if self.trainer else None
-        dataset = self.training_images()
+        dataset = self._labelled(self.training_images())
         rank, world_size = self._rank_and_world_size()
         batches = EndlessBatchSampler(
             len(dataset),
@@ -265,7 +287,7 @@ class SegmentationData(lightning.LightningDataModule, ABC):
         Raises:
             UserError: there are fewer images than ranks.
         """
-        dataset = self.evaluation_images()
+        dataset = self._labelled(self.evaluation_images())
         rank, world_size = self._rank_and_world_size()
         if len(dataset) < world_size:
             # A rank without a batch would skip what the others then wait for.
