@@ -30,6 +30,7 @@ def curve_chart(rows: Rows, cost: str, title: str) -> Chart:
             traces.append(trace)
             continue
         trace |= {"mode": "markers+text", "marker": {"size": 10, "color": ACCENT}}
+        trace |= _spread(line) if cost == "gmacs" else {}
         on_front = find_front(trace["x"], trace["y"])
         trace |= {"text": [row["setting"] for row in line], "cliponaxis": False}
         trace["textposition"] = _label_sides(trace["x"], on_front)
@@ -68,12 +69,29 @@ def _points(rows: Rows, cost: str) -> dict[str, Any]:
         "y": [100 * row["mIoU"] for row in rows],
         "hovertext": [
             f"{row['setting']}, step {row['step']}<br>mIoU {100 * row['mIoU']:.2f} %"
-            f"<br>{row['cost']['gmacs']:.3f} GMACs"
+            f"<br>{describe_gmacs(row['cost'])} GMACs"
             + (f"<br>{row['cost']['latency_ms']:.1f} ms" if row["cost"]["latency_ms"] else "")
             for row in rows
         ],
         "hoverinfo": "text",
     }
+
+
+def _spread(rows: Rows) -> dict[str, Any]:
+    """A standard deviation over images to either side, where there is one."""
+    spread = [row["cost"].get("gmacs_std") for row in rows]
+    if spread == [None] * len(spread):
+        return {}
+    return {"error_x": {"array": spread, "color": ACCENT, "thickness": 1, "width": 3}}
+
+
+def describe_gmacs(cost: Mapping[str, Any]) -> str:
+    """Such as ``31.234``, or ``24.871 ± 2.310, at most 30.006`` where it depends on the image."""
+    mean = f"{cost['gmacs']:.3f}"
+    # Rows of older runs know of no spread.
+    if cost.get("gmacs_std") is None:
+        return mean
+    return f"{mean} ± {cost['gmacs_std']:.3f}, at most {cost['gmacs_worst']:.3f}"
 
 
 def history_chart(rows: Rows) -> Chart:

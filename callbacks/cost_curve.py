@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -13,8 +12,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from callbacks.jsonl import CURVE, append_rows, read_rows
+from callbacks.setting_costs import SettingCosts
 from callbacks.tracking import wandb_errors_as_warnings, wandb_runs
-from segtrain import Cost, Network, UserError, measure_cost
+from segtrain import Network, UserError
+from segtrain.calibration import placeholder, read_budget
 from segtrain.metrics import (
     ConfusionMatrix,
     intersection_over_union,
@@ -22,25 +23,30 @@ from segtrain.metrics import (
     pixel_accuracy,
 )
 from segtrain.reduction import Setting
-from segtrain.training import FullySharded, SegmentationModule, log_metrics
+from segtrain.training import SegmentationModule, log_metrics
 
 CHART_ROWS = 10_000  # W&B keeps the first ones of a longer table, and drops the newest
 
 
 class CostCurve(Callback):
-    """Scores every validation batch under each setting of the network; reads no data of its own.
+    """Scores every validation batch under each setting of the network.
 
-    The module has scored the batch at its own setting, the training setting of a run that trains;
-    this callback reuses that prediction and adds one forward pass for each other setting. A
-    validation ends in one row per setting, in ``curve.jsonl``, in ``rows`` and in every tracker.
+    It reads no data of its own, but for the few images that a cost may depend on. The module has
+    scored the batch at its own setting, the training setting of a run that trains; this callback
+    reuses that prediction and adds one forward pass for each other setting. A validation ends in
+    one row per setting, in ``curve.jsonl``, in ``rows`` and in every tracker.
 
     Args:
         run_folder: where ``curve.jsonl`` is written.
-        settings: names of the network's settings, or plain values of others; None takes all that
-            the network publishes. The module's own setting is always among them, first.
+        settings: names of the network's settings, plain values of others, or
+            ``{"budget_gmacs": 40}``: before every validation, a threshold is chosen by which images
+            cost that on average. None takes all settings that the network publishes. The module's
+            own setting is always among them, first.
         every: score each n-th validation; the last one of a training is always scored.
         limit_batches: score this many batches of each rank; None scores all.
         latency: whether to time the network, too, next to counting.
+        cost_images: where the cost depends on the image, this many validation images are counted,
+            spread over all of them.
 
     Attributes:
         rows: one per (validation, setting), oldest first, as in ``curve.jsonl``.
@@ -53,18 +59,21 @@ class CostCurve(Callback):
         every: int = 1,
         limit_batches: int | None = None,
         latency: bool = True,
+        cost_images: int = 16,
     ) -> None:
-        if every < 1 or (limit_batches is not None and limit_batches < 1):
-            raise UserError("callbacks.cost_curve: 'every' and 'limit_batches' are at least 1")
+        if min(every, cost_images, 1 if limit_batches is None else limit_batches) < 1:
+            raise UserError(
+                "callbacks.cost_curve: 'every', 'limit_batches' and 'cost_images' are at least 1"
+            )
         self.run_folder = Path(run_folder)
         self.chosen = settings
         self.every = every
         self.limit_batches = limit_batches
         self.latency = latency
+        self.cost_images = cost_images
         self.rows: list[dict[str, Any]] = []
         self._validations = 0
         self._scoring = False
-        self._costs: dict[tuple[str, tuple[int, int], str], Cost] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """How many validations there were; the rows are in ``curve.jsonl``."""
@@ -87,9 +96,8 @@ class CostCurve(Callback):
         self._settings = resolve_settings(
             network, [self._module.setting, *chosen], "callbacks.cost_curve.settings"
         )
-        # Costs are measured on rank zero alone, where nothing could be gathered from the others.
-        sharded = isinstance(trainer.strategy, FullySharded) and trainer.is_global_zero
-        self._measured = copy.deepcopy(network).cpu() if sharded else network
+        budgets = [budget for budget in map(read_budget, chosen) if budget is not None]
+        self._costs = SettingCosts(trainer, budgets, self.latency, self.cost_images)
         self._confusion = ConfusionMatrix(
             network.num_classes, len(self._settings), self._module.confusion.ignore_index
         )
@@ -100,7 +108,11 @@ class CostCurve(Callback):
             self.rows = read_rows(self.run_folder / CURVE)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start counting from zero."""
+        """Choose thresholds for budgets, measure costs, and start counting from zero.
+
+        Raises:
+            UserError: a budget is out of reach, and no training would be lost.
+        """
         if not trainer.sanity_checking:
             self._validations += 1
         self._scoring = (
@@ -112,6 +124,11 @@ class CostCurve(Callback):
         self._images = 0
         self._confusion.reset()
         self._confusion.to(pl_module.device)
+        if self._scoring:
+            self._settings = self._costs.meet_budgets(trainer, self._settings)
+            self._module.setting = self._settings[0]
+            if trainer.is_global_zero and not trainer.sanity_checking:
+                self._costs.measure(trainer, self._settings)
 
     def on_validation_batch_end(
         self,
@@ -154,13 +171,14 @@ class CostCurve(Callback):
         accuracy = mean_iou(matrix).tolist()
         pixels = pixel_accuracy(matrix).tolist()
         classes = intersection_over_union(matrix).tolist()
-        costs = [self._cost(trainer, setting) for setting in self._settings]
+        costs = [self._costs.row(setting) for setting in self._settings]
         on_front = find_front([cost["macs"] for cost in costs], accuracy)
         return [
             {
                 "step": trainer.global_step,
                 "setting": setting.name,
                 "values": setting.values,
+                "threshold": self._costs.thresholds.get(setting.name),
                 "training_setting": setting == self._module.network.training_setting,
                 "mIoU": accuracy[index],
                 "pixel_accuracy": pixels[index],
@@ -171,30 +189,6 @@ class CostCurve(Callback):
             }
             for index, setting in enumerate(self._settings)
         ]
-
-    def _cost(self, trainer: Trainer, setting: Setting) -> dict[str, Any]:
-        """The cost of a setting as plain values; measured once for an image size and device."""
-        size, device = tuple(self._data.image_size_for_cost), self._module.device
-        key = (setting.name, size, str(device))
-        if key not in self._costs:
-            with trainer.precision_plugin.val_step_context():
-                self._costs[key] = measure_cost(
-                    self._measured, size, setting, device, latency=self.latency
-                )
-        cost = self._costs[key]
-        low, high = cost.latency_spread_ms or (None, None)
-        return {
-            "parameters": cost.parameters,
-            "macs": cost.macs,
-            "gmacs": cost.macs / 1e9,
-            "latency_ms": cost.latency_ms,
-            "latency_low_ms": low,
-            "latency_high_ms": high,
-            "peak_memory_mib": cost.peak_memory_mib,
-            "image_size": list(size),
-            "device": cost.device,
-            "convention": cost.convention,
-        }
 
     def _log_charts(self, trainer: Trainer) -> None:
         for run in wandb_runs(trainer):
@@ -208,11 +202,18 @@ def resolve_settings(
 ) -> list[Setting]:
     """The settings that a configuration chooses, each once, in its order.
 
+    For a budget it is one whose threshold is still to be found.
+
     Raises:
         UserError: the network has no such setting; the message begins with the configuration's key.
     """
+    resolved = []
     try:
-        resolved = [network.resolve_setting(setting) for setting in chosen]
+        for setting in chosen:
+            budget = read_budget(setting)
+            resolved.append(
+                network.resolve_setting(setting) if budget is None else placeholder(network, budget)
+            )
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
     return list({setting.name: setting for setting in resolved}.values())
@@ -240,6 +241,8 @@ def _scalars(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     for row in rows:
         scalars[f"val/mIoU/{row['setting']}"] = row["mIoU"]
         scalars[f"cost/gmacs/{row['setting']}"] = row["cost"]["gmacs"]
+        if row["threshold"] is not None:
+            scalars[f"cost/threshold/{row['setting']}"] = row["threshold"]
         if row["cost"]["latency_ms"] is not None:
             scalars[f"cost/latency_ms/{row['setting']}"] = row["cost"]["latency_ms"]
     return scalars
@@ -250,8 +253,11 @@ def _charts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     import wandb
 
     kept = ("step", "setting", "mIoU", "pixel_accuracy", "on_front")
-    costs = ("gmacs", "latency_ms", "parameters", "peak_memory_mib")
-    cells = [[row[k] for k in kept] + [row["cost"][c] for c in costs] for row in rows]
+    costs = (
+        "gmacs", "gmacs_std", "gmacs_worst", "latency_ms", "parameters", "peak_memory_mib",
+    )  # fmt: skip
+    # A run that goes on may have rows from before costs had a spread.
+    cells = [[row[k] for k in kept] + [row["cost"].get(c) for c in costs] for row in rows]
     charts: dict[str, Any] = {"curve/table": wandb.Table(columns=[*kept, *costs], data=cells)}
     for cost, title in (("gmacs", "GMACs"), ("latency_ms", "latency in ms")):
         if rows[-1]["cost"][cost] is not None:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from callbacks.charts import describe_gmacs
 from callbacks.cost_curve import CostCurve
 
 
@@ -146,7 +147,7 @@ def curve_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         latency = row["cost"]["latency_ms"]
         table.add_row(
             row["setting"] + (" *" if row["on_front"] else ""),
-            f"{row['cost']['gmacs']:.3f}",
+            describe_gmacs(row["cost"]),
             "" if latency is None else f"{latency:.1f} ms",
             f"{100 * row['mIoU']:.2f}",
             "" if row is full else f"{100 * (row['mIoU'] - full['mIoU']):+.2f}",

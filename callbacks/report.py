@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks.charts import curve_chart, history_chart, learning_chart
+from callbacks.charts import curve_chart, describe_gmacs, history_chart, learning_chart
 from callbacks.jsonl import CURVE, METRICS, read_rows
 from pages import boxes, section, table, write_page
 
@@ -93,7 +93,7 @@ def _settings(newest: Rows) -> str:
         body.append(
             [
                 row["setting"],
-                f"{cost['gmacs']:.3f}",
+                describe_gmacs(cost),
                 _number(cost["latency_ms"], ".1f"),
                 "–".join(quartiles) if all(quartiles) else "",
                 _number(cost["peak_memory_mib"], ".0f"),

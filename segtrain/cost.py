@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,12 +34,16 @@ class Cost:
 
     Attributes:
         parameters: number of learnt values.
-        macs: multiply-accumulates of the pass under ``convention``.
+        macs: multiply-accumulates of the pass under ``convention``, their mean over several images.
+        macs_std: standard deviation over the images; None unless the cost depends on the image and
+            images were given.
+        macs_worst: of the image that costs most; None as ``macs_std`` is.
         latency_ms: median over repetitions after a warm-up, the device synchronised around each.
+            Images that were given take turns.
         latency_spread_ms: lower and upper quartile of the repetitions.
         peak_memory_mib: parameters, buffers, images and what the pass holds beside them at its
-            peak. On CUDA as the allocator saw it; elsewhere the sum of the tensors alive, the
-            scratch memory inside a single operator left out.
+            peak, of the image that needs most. On CUDA as the allocator saw it; elsewhere the sum
+            of the tensors alive, the scratch memory inside a single operator left out.
         image_size: (height, width) in pixels.
         batch_size: images of the pass.
         device: what the latency and the memory belong to.
@@ -47,6 +52,8 @@ class Cost:
 
     parameters: int
     macs: int
+    macs_std: float | None
+    macs_worst: int | None
     latency_ms: float | None
     latency_spread_ms: tuple[float, float] | None
     peak_memory_mib: float
@@ -79,6 +86,12 @@ def _attention(args: tuple[Any, ...], out: Tensor) -> int:
     return rows * key.shape[-2] * (query.shape[-1] + value.shape[-1])
 
 
+def _packed_attention(args: tuple[Any, ...], out: Any) -> int:
+    query, _, value, query_ends, key_ends = args[:5]
+    pairs = int((query_ends.diff().long() * key_ends.diff()).sum())
+    return pairs * query.shape[1] * (query.shape[2] + value.shape[2])
+
+
 def _per_input(weight: float) -> Work:
     return lambda args, out: weight * args[0].numel()
 
@@ -96,6 +109,8 @@ _MACS: dict[Any, Work] = {
     aten.addmm: _added_product,
     aten.baddbmm: _added_product,
     aten.scaled_dot_product_attention: _attention,
+    # By its name: torch has it only once it is imported, which takes seconds.
+    "torch_attn._varlen_attn": _packed_attention,
 }
 
 _MMCV: dict[Any, Work] = _MACS | {
@@ -153,7 +168,7 @@ class _Meter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        operator = func.overloadpacket
+        operator = func.overloadpacket if func.namespace == "aten" else str(func.overloadpacket)
         if operator not in _COUNTED:
             with self:
                 out = func.decompose(*args, **kwargs)
@@ -182,6 +197,7 @@ def measure_cost(
     setting: str | Setting | Mapping[str, Any] | None = None,
     device: str | torch.device | None = None,
     *,
+    images: Tensor | None = None,
     convention: str = "macs",
     latency: bool = True,
     batch_size: int = 1,
@@ -189,8 +205,8 @@ def measure_cost(
     """Cost of one forward pass; the network's mode and setting are as before afterwards.
 
     Multiply-accumulates are counted on tensors without data, so that the count takes no
-    arithmetic and no memory whatever the image size; a network whose cost depends on the image
-    runs on one image of noise instead.
+    arithmetic and no memory whatever the image size. A network whose cost depends on the image
+    runs on ``images`` instead, one at a time, or on noise.
 
     Args:
         network: any network; its parameters say in which precision it runs.
@@ -198,6 +214,8 @@ def measure_cost(
         setting: the current one if None.
         device: where latency and memory are measured, a copy of the network being moved there if
             it is elsewhere; the network's own device if None.
+        images: (N, 3, H, W), normalised, at least one; their size and a batch of one image take the
+            place of ``image_size`` and ``batch_size``.
         convention: how operations are counted, a key of ``CONVENTIONS``.
         latency: False leaves the timed passes out.
         batch_size: images of the pass.
@@ -213,20 +231,32 @@ def measure_cost(
     device = parameter.device if device is None else torch.device(device)
     if device != parameter.device:
         network = copy.deepcopy(network).to(device)
-    images = torch.randn(
-        (batch_size, 3, *image_size), generator=torch.Generator().manual_seed(0)
-    ).to(device, parameter.dtype, memory_format=torch.channels_last)
+    if images is not None:
+        image_size, batch_size = (images.shape[2], images.shape[3]), 1
 
     setting = network.setting if setting is None else setting
     with network.using(setting), _evaluating(network), torch.inference_mode():
-        macs, peak_bytes = _count(network, images, convention)
-        times = _time_ms(network, images) if latency else None
+        alone = images is not None and network.data_dependent
+        if images is None or not alone:
+            generator = torch.Generator().manual_seed(0)
+            images = torch.randn((batch_size, 3, *image_size), generator=generator)
+        # Copied, for a part would hold the memory of all images.
+        batches = [
+            batch.to(device, parameter.dtype, memory_format=torch.channels_last, copy=True)
+            for batch in images.split(1 if alone else batch_size)
+        ]
+        counts = [_count(network, batch, convention) for batch in batches]
+        macs = [count for count, _ in counts]
+        peak_bytes = max(count for _, count in counts)
+        times = _time_ms(network, batches) if latency else None
         if device.type == "cuda":
-            peak_bytes = _cuda_peak_bytes(network, images)
+            peak_bytes = _cuda_peak_bytes(network, batches[macs.index(max(macs))])
     quartiles = statistics.quantiles(times, n=4, method="inclusive") if times else None
     return Cost(
         parameters=sum(parameter.numel() for parameter in network.parameters()),
-        macs=macs,
+        macs=round(statistics.mean(macs)),
+        macs_std=statistics.pstdev(macs) if alone else None,
+        macs_worst=max(macs) if alone else None,
         latency_ms=quartiles[1] if quartiles else None,
         latency_spread_ms=(quartiles[0], quartiles[2]) if quartiles else None,
         peak_memory_mib=peak_bytes / 2**20,
@@ -270,10 +300,12 @@ def _count(network: Network, images: Tensor, convention: str) -> tuple[int, int]
     return round(meter.count), meter.peak_bytes
 
 
-def _time_ms(network: nn.Module, images: Tensor) -> list[float]:
+def _time_ms(network: nn.Module, batches: Sequence[Tensor]) -> list[float]:
     def repeat(seconds: float, at_least: int) -> list[float]:
         times: list[float] = []
-        while len(times) < at_least or sum(times) < seconds * 1e3:
+        for images in itertools.cycle(batches):
+            if len(times) >= max(at_least, len(batches)) and sum(times) >= seconds * 1e3:
+                break
             start = time.perf_counter()
             network(images)
             if images.device.type != "cpu":

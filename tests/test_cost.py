@@ -1,6 +1,7 @@
 """Counts against the published tables and torch's own counter; what measurements promise."""
 
 import copy
+import statistics
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from segtrain import UserError, create_network, measure_cost
 from segtrain.networks import Network
+from tests.stopping import WIDTH, Stopping
 
 ADE20K, CITYSCAPES = ((512, 512), 150), ((1024, 2048), 19)
 SETTINGS = {
@@ -146,6 +148,8 @@ def test_what_fusing_before_the_resize_saves(head):
 
 
 class Wrapped(Network):
+    data_dependent = False
+
     """A few layers as a network: whatever is called, of an image (B, 3, H, W)."""
 
     def __init__(self, layers, call):
@@ -203,6 +207,24 @@ def test_macs_are_half_of_torchs_flops_also_inside_composites(name):
         assert 2 * cost.macs == counter.get_total_flops()
 
 
+def test_attention_over_images_one_after_the_other_counts_each_with_itself():
+    from torch.nn.attention import varlen
+
+    @varlen._varlen_attn.register_kernel("cpu")  # torch has one on GPUs alone
+    def attend(query, *args):
+        return query.clone(), query.new_empty(0), query.new_empty(0)
+
+    def call(_, images):
+        tokens = images.new_zeros(20, 4, 8)  # 4 heads
+        ends = torch.tensor([0, 3, 20], dtype=torch.int32)
+        return torch.ops.torch_attn._varlen_attn(tokens, tokens, tokens, ends, ends, 17, 17)[0]
+
+    network = Wrapped(CONV, call)
+    network.data_dependent = True
+    cost = measure_cost(network, (16, 16), latency=False)
+    assert cost.macs == (3**2 + 17**2) * 4 * (8 + 8)
+
+
 def test_a_network_whose_cost_depends_on_the_image_runs_on_one():
     class Brightest(Wrapped):
         data_dependent = True
@@ -214,6 +236,33 @@ def test_a_network_whose_cost_depends_on_the_image_runs_on_one():
     assert cost.macs == 8 * 8 * 12 * 3 * 3 * 3
     again = measure_cost(Wrapped(CONV, lambda conv, x: conv(x)), (16, 16), latency=False)
     assert (cost.macs, cost.peak_memory_mib) == (again.macs, pytest.approx(again.peak_memory_mib))
+
+
+def test_images_are_counted_one_at_a_time_where_the_cost_depends_on_them():
+    network = Stopping()
+    images = torch.randn(5, 3, 32, 48)
+    left = [int((network.certainty(image[None]) <= 0.5).sum()) for image in images]
+    patches = 4 * 6
+    macs = [patches * WIDTH * (3 * 64 + 4) + tokens * WIDTH**2 for tokens in left]
+    assert len(set(macs)) > 1
+    cost = measure_cost(network, (8, 8), images=images, batch_size=3)
+    assert cost.macs == round(statistics.mean(macs))
+    assert cost.macs_std == pytest.approx(statistics.pstdev(macs))
+    assert cost.macs_worst == max(macs)
+    assert (cost.image_size, cost.batch_size) == ((32, 48), 1)
+    low, high = cost.latency_spread_ms
+    assert 0 < low <= cost.latency_ms <= high
+    alone = [measure_cost(network, images=image[None], latency=False) for image in images]
+    assert [each.macs for each in alone] == macs
+    peak = max(each.peak_memory_mib for each in alone)
+    assert cost.peak_memory_mib == pytest.approx(peak)
+
+
+def test_images_give_their_size_alone_where_the_cost_does_not_depend_on_them():
+    network = Stopping()
+    cost = measure_cost(network, setting="full", images=torch.randn(5, 3, 32, 48), latency=False)
+    assert cost == measure_cost(network, (32, 48), "full", latency=False)
+    assert (cost.macs_std, cost.macs_worst) == (None, None)
 
 
 def test_peak_memory_is_what_lives_at_once():

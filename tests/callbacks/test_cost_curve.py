@@ -138,12 +138,13 @@ def test_unknown_setting_stops_before_training(tmp_path):
 def test_latency_is_measured_once(tmp_path, monkeypatch):
     measured = []
 
-    def measure(network, size, setting, device, *, latency):
+    def measure(network, size, setting, device, *, images, latency):
+        assert images is None
         measured.append((setting.name, size, latency))
         cost = measure_cost(network, size, setting, device, latency=False)
         return dataclasses.replace(cost, latency_ms=2.0, latency_spread_ms=(1.0, 3.0))
 
-    monkeypatch.setattr("callbacks.cost_curve.measure_cost", measure)
+    monkeypatch.setattr("callbacks.setting_costs.measure_cost", measure)
     module, curve = create_module(), CostCurve(tmp_path)
     create_trainer([curve]).fit(module, TinyData())
     assert measured == [(name, (64, 64), True) for name in module.network.settings]

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from callbacks.cost_curve import CostCurve
-from callbacks.progress import Progress
+from callbacks.progress import Progress, curve_table
 from tests.callbacks.tiny import SETTINGS, TinyData, create_module, create_trainer
 
 
@@ -32,6 +32,21 @@ def test_plain_lines_without_a_terminal(tmp_path):
     row = next(line for line in reversed(printed.splitlines()) if SETTINGS[-1] in line)
     assert f"{change:+.2f}" in row
     assert f"{reduced['cost']['gmacs']:.3f}" in row
+
+
+def test_a_cost_that_depends_on_the_image_stands_with_its_spread():
+    costs = [{"gmacs": 4.0, "latency_ms": None}, {"gmacs": 2.0, "latency_ms": 7.0}]
+    costs[1] |= {"gmacs_std": 0.25, "gmacs_worst": 2.5}
+    rows = [
+        {"step": 1, "setting": name, "mIoU": 0.5, "on_front": True, "cost": cost}
+        for name, cost in zip(("full", "half"), costs, strict=True)
+    ]
+    console = Console(file=io.StringIO(), width=120)
+    console.print(curve_table(rows))
+    full, half = (line for line in console.file.getvalue().splitlines() if "*" in line[:12])
+    assert "4.000" in full
+    assert "±" not in full
+    assert "2.000 ± 0.250, at most 2.500" in half
 
 
 def test_bar_on_a_terminal(tmp_path):

@@ -122,6 +122,18 @@ def test_curve_chart_marks_the_newest_and_its_front():
     assert curve_chart(rows, "latency_ms", "latency")["data"] == []
 
 
+def test_a_cost_that_depends_on_the_image_shows_its_spread():
+    rows = [row(10, "full", 4, 0.5), row(10, "half", 2, 0.4)]
+    assert "error_x" not in curve_chart(rows, "gmacs", "GMACs")["data"][0]
+    rows[1]["cost"] |= {"gmacs_std": 0.25, "gmacs_worst": 2.5, "latency_ms": 7}
+    newest, front = curve_chart(rows, "gmacs", "GMACs")["data"]
+    assert newest["error_x"]["array"] == [0.25, None]
+    assert "2.000 ± 0.250, at most 2.500 GMACs" in newest["hovertext"][0]
+    assert "<br>4.000 GMACs" in newest["hovertext"][1]
+    assert "error_x" not in front
+    assert "error_x" not in curve_chart(rows, "latency_ms", "latency")["data"][0]
+
+
 def test_each_chart_has_the_front_of_its_own_cost():
     rows = [row(1, "full", 4, 0.5, 20), row(1, "mid", 3, 0.4, 30), row(1, "low", 1, 0.3, 10)]
     assert curve_chart(rows, "gmacs", "GMACs")["data"][-1]["x"] == [1, 3, 4]

@@ -154,6 +154,30 @@ def test_compiling_and_averaging_go_with_two_processes(replicated, small, folder
     assert saved["current_model_state"].keys() == checkpoint(replicated)["state_dict"].keys()
 
 
+def test_a_budget_is_met_by_one_threshold_on_all_ranks(small, folder, in_folder):
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
+    launch += ["--rdzv_endpoint=localhost:0", "--rdzv_id=budget", str(ROOT / "train.py")]
+    micro = "{embed_dim: 64, num_heads: 4, patch_size: 8}"
+    model = ["model=dovit_segmenter_s", "model.image_size=[64,64]", "optimizer=sgd"]
+    model += [f"+model.backbone_arguments={micro}"]
+    more = ["trainer.devices=2", "trainer.strategy=fsdp2", "schedule.steps=2"]
+    more += ["callbacks.cost_curve.settings=[{budget_gmacs: 0.1}]"]
+    run(folder, ([*launch, *small, *TWO, *model, *more], {}))
+    trained = folder / "runs" / "dovit_segmenter_s-scenes-budget"
+    weights = f"ckpt={trained}/checkpoints/last.ckpt"
+    alone = ["trainer.devices=1", "trainer.strategy=auto", "setting={budget_gmacs: 0.1}"]
+    assert train.main(["task=validate", weights, *alone, "name=alone"]) == 0
+    (budget,), (other,) = (
+        [row for row in rows(where) if row["setting"] == "budget_0.1"]
+        for where in (trained, "runs/alone")
+    )
+    assert budget["cost"]["gmacs"] == pytest.approx(0.1, rel=0.01)
+    for key in ("threshold", "mIoU"):
+        assert other[key] == budget[key]
+    assert other["cost"] == budget["cost"]
+    assert train.main(["task=validate", weights, *alone, "~callbacks.cost_curve"]) == 2
+
+
 def restart(run, copied):
     """A copy of a run whose last checkpoint is the one of step 2."""
     shutil.copytree(run, copied)
