@@ -74,13 +74,15 @@ def check_resumed(composed: ComposedConfig, resumed: ResumedRun) -> None:
                 f"{source}: that run has {key}={saved[key]['name']}; "
                 f"start a new one for {key}={config[key]['name']}"
             )
-    for key in ("ckpt", "weights", "encoder_weights"):
-        if config[key] != saved[key]:
+    for key in ("ckpt", "weights", "encoder_weights", "policy_weights"):
+        if config[key] != saved.get(key):
             raise UserError(f"{key}= does not go with resume=, which has its own weights")
-    if config["optimizer"]["groups"] != saved["optimizer"]["groups"]:
-        raise UserError(
-            f"{source}: optimizer.groups cannot change, for the optimiser's state is kept by group"
-        )
+    reasons = {"name": "is its own", "groups": "is kept by group"}
+    for key, reason in reasons.items():
+        if config["optimizer"].get(key) != saved["optimizer"].get(key):
+            raise UserError(
+                f"{source}: optimizer.{key} cannot change, for the optimiser's state {reason}"
+            )
     if not resumed.brought and config["name"] not in (saved["name"], resumed.folder.name):
         raise UserError(f"{source} goes on in its own folder, without name={config['name']}")
 

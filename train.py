@@ -29,8 +29,10 @@ from segtrain.errors import Stopped, UserError, check_arguments, first_line
 
 if TYPE_CHECKING:
     from lightning import Trainer
+    from torch import nn
 
     from data import SegmentationData
+    from segtrain.networks import Network
     from segtrain.training import SegmentationModule
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -141,7 +143,7 @@ def stopped(trainer: Trainer, line: str, status: int) -> Stopped:
 
 def check_files(config: dict[str, Any]) -> None:
     """Raise UserError for what the run would miss only after minutes of preparation."""
-    for key in ("ckpt", "weights", "encoder_weights"):
+    for key in ("ckpt", "weights", "encoder_weights", "policy_weights"):
         # A run that goes on has its weights in its checkpoint.
         if config[key] is not None and config["resume"] is None and not Path(config[key]).exists():
             raise UserError(f"{key}={config[key]}: there is no such file")
@@ -189,18 +191,15 @@ def build_module(
         data_module: what it trains on.
         load: whether to load the weights that the configuration names.
     """
-    import torch
-    from lightning.pytorch.utilities import rank_zero_warn
-
     from callbacks.cost_curve import resolve_settings
-    from segtrain import create_network, load_weights
+    from segtrain import create_network
+    from segtrain.calibration import read_budget
     from segtrain.inference import Inference
+    from segtrain.networks.cts_policy import SuperpatchPolicy
     from segtrain.training import (
-        AdamW,
-        CrossEntropy,
         PolynomialSchedule,
         SegmentationModule,
-        balanced_weights,
+        create_optimizer,
     )
 
     network = create_network(**config["model"], num_classes=data_module.num_classes)
@@ -208,31 +207,23 @@ def build_module(
         whole, parts = "one class for each image", "a class for each pixel"
         has, wants = (parts, whole) if network.classifies_images else (whole, parts)
         raise UserError(
-            f"model={config['model']['name']} gives {wants} and data={data_module.title} has {has}: "
+            f"model={config['model']['name']} gives {wants} and {data_module.title} has {has}: "
             "model.head=classification goes with data=imagenet"
         )
-    for key in ("encoder_weights", "weights", "ckpt"):
-        if config[key] is not None and load:
-            report = load_weights(network, config[key], backbone_only=key == "encoder_weights")
-            for note in report.notes:
-                rank_zero_warn(note)
+    if isinstance(network, SuperpatchPolicy) and data_module.superpatches is None:
+        raise UserError("model=cts_policy learns from superpatches: add data.superpatches=all")
+    if load:
+        load_named_weights(network, config)
     settings = resolve_settings(network, asked_settings(config), "setting")
-    criterion = dict(config["criterion"])
-    class_weights = criterion["class_weights"]
-    if config["task"] == "validate":
-        criterion["class_weights"] = None  # nothing is trained, and training labels may be absent
-    elif class_weights == "balanced":
-        criterion["class_weights"] = balanced_weights(torch.from_numpy(data_module.class_counts()))
-    elif class_weights is not None and len(class_weights) != network.num_classes:
-        raise UserError(
-            f"criterion.class_weights has {len(class_weights)} factors, "
-            f"the data {network.num_classes} classes"
-        )
+    if config["callbacks"].get("cost_curve") is None and any(
+        read_budget(setting) is not None for setting in asked_settings(config)
+    ):
+        raise UserError("setting={budget_gmacs: ...} needs callbacks.cost_curve, which meets it")
     schedule = {k: config["schedule"][k] for k in inspect.signature(PolynomialSchedule).parameters}
     return SegmentationModule(
         network,
-        CrossEntropy(**criterion, ignore_index=data_module.ignore_index),
-        AdamW(**config["optimizer"]),
+        build_criterion(config, network, data_module),
+        create_optimizer(**config["optimizer"]),
         PolynomialSchedule(**schedule),
         Inference(**config["inference"]),
         log_every=config["schedule"]["log_every"],
@@ -243,6 +234,62 @@ def build_module(
         ignore_index=data_module.ignore_index,
         config=config,
     )
+
+
+def load_named_weights(network: Network, config: dict[str, Any]) -> None:
+    """Load the files that the configuration names, and warn where a policy is left at random."""
+    import torch
+    from lightning.pytorch.utilities import rank_zero_warn
+
+    from segtrain import load_weights
+    from segtrain.networks.cts import CTS
+
+    policy = network.policy if isinstance(network, CTS) else None
+    random = torch.empty(0) if policy is None else policy.decoder.weight.clone()
+    for key in ("encoder_weights", "weights", "ckpt", "policy_weights"):
+        if config[key] is None:
+            continue
+        part = policy if key == "policy_weights" else network
+        if part is None:
+            raise UserError(f"{key}={config[key]}: {config['model']['name']} has no policy")
+        report = load_weights(part, config[key], backbone_only=key == "encoder_weights")
+        for note in report.notes:
+            rank_zero_warn(note)
+    if policy is not None and torch.equal(policy.decoder.weight, random):
+        rank_zero_warn(
+            f"the policy of {config['model']['name']} is random, and so is which tokens are shared:"
+            " policy_weights=FILE takes one that was trained with model=cts_policy"
+        )
+
+
+def build_criterion(
+    config: dict[str, Any], network: Network, data_module: SegmentationData
+) -> nn.Module:
+    """The loss that a network is trained with."""
+    import torch
+
+    from segtrain.training import AttentionToMaskLoss, CrossEntropy, balanced_weights
+
+    criterion = dict(config["criterion"])
+    class_weights = criterion["class_weights"]
+    if network.criterion == "attention_to_mask":
+        for key in ("class_weights", "hard_examples", "label_smoothing"):
+            if criterion[key] not in (None, 0, "balanced"):
+                raise UserError(
+                    f"criterion.{key} is of the cross-entropy, and {config['model']['name']} has "
+                    "a loss of its own: leave it out"
+                )
+        return AttentionToMaskLoss(data_module.ignore_index)
+    if config["task"] == "validate":
+        criterion["class_weights"] = None  # nothing is trained, and training labels may be absent
+    elif class_weights == "balanced":
+        criterion["class_weights"] = balanced_weights(torch.from_numpy(data_module.class_counts()))
+    elif class_weights is not None and len(class_weights) != network.num_classes:
+        raise UserError(
+            f"criterion.class_weights has {len(class_weights)} factors, "
+            f"the data {network.num_classes} classes"
+        )
+    return CrossEntropy(**criterion, ignore_index=data_module.ignore_index)
 
 
 def build_trainer(

@@ -27,7 +27,12 @@ from lightning import LightningModule, Trainer
 import train
 from data import create_data_module
 from segtrain import create_network
-from segtrain.training import AdamW, CrossEntropy, PolynomialSchedule, SegmentationModule
+from segtrain.training import (
+    CrossEntropy,
+    PolynomialSchedule,
+    SegmentationModule,
+    create_optimizer,
+)
 
 CONFIGS = Path(train.__file__).parent / "configs"
 WARM_UP = 20  # steps: the first row of metrics costs W&B a tenth of a second, once
@@ -79,7 +84,7 @@ class Bare(LightningModule):
 
     def configure_optimizers(self):
         schedule = self.config["schedule"]
-        optimizer = AdamW(**self.config["optimizer"]).build(self.network)
+        optimizer = create_optimizer(**self.config["optimizer"]).build(self.network)
         scheduler = PolynomialSchedule(schedule["steps"], schedule["warmup_steps"]).build(optimizer)
         return {
             "optimizer": optimizer,

@@ -13,7 +13,7 @@ from segtrain.errors import UserError, did_you_mean
 
 # Sections handed on as keyword arguments: who receives them checks what is added and has defaults
 # for what is removed. Elsewhere every key is needed and no other is read.
-OPEN = ("model", "data", "callbacks", "trainer", "optimizer.groups")
+OPEN = ("model", "data", "callbacks", "trainer", "optimizer")
 
 
 class Composition:

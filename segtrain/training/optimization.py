@@ -1,17 +1,21 @@
-"""AdamW over parameter groups, and the learning rate as a function of the optimiser step."""
+"""Optimisers over parameter groups, and the learning rate as a function of the optimiser step."""
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from segtrain.errors import UserError, did_you_mean
+from segtrain.errors import UserError, check_arguments, did_you_mean
+
+#: Learning rate, weight decay and parameters of some that share them, as torch takes them.
+Group = dict[str, Any]
 
 
 class GroupRule(TypedDict, total=False):
@@ -22,8 +26,8 @@ class GroupRule(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class AdamW:
-    """AdamW with rules that give some parameters another learning rate or weight decay.
+class Optimizer:
+    """An optimiser with rules that give some parameters another learning rate or weight decay.
 
     A rule applies to parameters whose full name contains its key, where an underscore in the key
     also stands for a dot: ``stages_0_norm`` matches ``encoder.stages.0.norm.weight``. Longer keys
@@ -33,8 +37,7 @@ class AdamW:
 
     learning_rate: float
     weight_decay: float
-    betas: Sequence[float] = (0.9, 0.999)
-    groups: Mapping[str, GroupRule] = field(default_factory=dict)
+    groups: Mapping[str, GroupRule] = field(default_factory=dict, kw_only=True)
 
     def __post_init__(self) -> None:
         known = GroupRule.__annotations__
@@ -53,7 +56,7 @@ class AdamW:
                 return self.groups[key]
         return {}
 
-    def build(self, network: nn.Module) -> torch.optim.AdamW:
+    def build(self, network: nn.Module) -> torch.optim.Optimizer:
         """The optimiser, with one group for each pair of scales of the two.
 
         Not for each pair of products: a checkpoint's groups fit whatever the values are.
@@ -75,7 +78,51 @@ class AdamW:
             }
             for (learning_rate_scale, weight_decay_scale), parameters in members.items()
         ]
+        return self._over(groups)
+
+    def _over(self, groups: list[Group]) -> torch.optim.Optimizer:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay."""
+
+    betas: Sequence[float] = (0.9, 0.999)
+
+    def _over(self, groups: list[Group]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, betas=(self.betas[0], self.betas[1]))
+
+
+@dataclass(frozen=True)
+class SGD(Optimizer):
+    """Stochastic gradient descent; the weight decay is part of the gradient."""
+
+    momentum: float = 0.9
+
+    def _over(self, groups: list[Group]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(groups, lr=self.learning_rate, momentum=self.momentum)
+
+
+_OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "sgd": SGD}
+
+
+def create_optimizer(name: str = "adamw", **arguments: Any) -> Optimizer:
+    """The optimiser that a configuration describes.
+
+    Args:
+        name: ``adamw`` or ``sgd``.
+        arguments: of that class.
+
+    Raises:
+        UserError: it has no such argument, or one is missing.
+    """
+    parameters = inspect.signature(_OPTIMIZERS[name]).parameters
+    check_arguments(f"optimizer.name={name}", arguments, parameters)
+    for parameter in parameters.values():
+        if parameter.default is parameter.empty and parameter.name not in arguments:
+            raise UserError(f"optimizer.name={name} needs optimizer.{parameter.name}")
+    return _OPTIMIZERS[name](**arguments)
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,8 @@ def test_what_is_known_before_torch_is_imported(fails, argument, parts):
         ("+data.crop=3", ["crop", "did you mean 'crop_size'"]),
         ("+callbacks.cost_curv={}", ["cost_curv", "did you mean 'cost_curve'"]),
         ("callbacks.cost_curve.settings=[isr_22]", ["cost_curve", "isr_22", "isr_2222_222"]),
+        ("callbacks.cost_curve.settings=[{budget_gmacs: 1}]", ["1 GMACs", "no setting of EDAF"]),
+        ("callbacks.cost_curve.settings=[{budget_gmacs: -1}]", ["positive number, got -1"]),
         ("criterion.class_weights=[1,2]", ["class_weights", "2 factors", "19 classes"]),
         ("criterion.hard_examples={treshold: 1}", ["hard_examples", "did you mean 'threshold'"]),
         ("+trainer.deviices=2", ["deviices", "did you mean 'devices'"]),
@@ -78,7 +80,7 @@ def test_a_network_for_whole_images_is_not_trained_on_pixels(fails, small):
     message = fails(*small, "model=rtformer_slim", "model.head=classification")
     assert message.count("\n") == 1
     assert "rtformer_slim gives one class for each image" in message
-    assert "has a class for each pixel: model.head=classification goes with data=imagenet" in message
+    assert "has a class for each pixel: model.head=classification" in message
 
 
 @pytest.mark.parametrize("name", ["ade20k", "cityscapes", "cocostuff"])

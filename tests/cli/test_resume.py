@@ -270,7 +270,8 @@ def test_overrides_win_and_only_what_differs_is_listed(resume, stopped):
         "data.workers=0",
         "~callbacks.cost_curve",
     )
-    curve = {"settings": ["full"], "every": 1, "limit_batches": None, "latency": False}
+    curve = {"settings": ["full"], "every": 1, "limit_batches": None}
+    curve |= {"latency": False, "cost_images": 16}
     assert printed == [
         "resume: optimizer.learning_rate 0.006 -> 0.001, optimizer.weight_decay 0.01 -> 0.0, "
         "schedule.steps 12 -> 16, schedule.log_every 10 -> 1, "
@@ -418,6 +419,7 @@ STEP = "checkpoints/step-000003.ckpt"
         (None, ["model=edaformer_tiny"], ["model=edaformer_nano"]),
         (None, ["weights=other.pth"], ["weights= does not go with resume="]),
         (None, ["optimizer.groups={norm: {weight_decay_scale: 1}}"], ["optimizer.groups"]),
+        (None, ["optimizer=sgd"], ["optimizer.name cannot change"]),
         (None, ["task=validate"], ["task=validate takes ckpt=FILE"]),
         (None, ["name=other"], ["its own folder, without name=other"]),
         (None, ["config=other.yaml"], ["config= does not go with resume="]),

@@ -9,7 +9,7 @@ TOP = (
     "callbacks, config, data, experiment, model, name, optimizer, schedule, seed, task, tracking, "
     "trainer"
 )
-OPEN = "model, data, callbacks, trainer, optimizer.groups"
+OPEN = "model, data, callbacks, trainer, optimizer"
 
 
 def message(folder, *arguments: str) -> str:
@@ -45,7 +45,7 @@ def message(folder, *arguments: str) -> str:
         (
             "optimizer={'learning_rat': 1}",
             "unknown key 'optimizer.learning_rat': did you mean 'learning_rate'? "
-            "Have: groups, learning_rate",
+            "Have: groups, learning_rate (+optimizer.learning_rat=value adds it)",
         ),
         ("shedule.steps=1", f"unknown key 'shedule.steps': did you mean 'schedule'? Have: {TOP}"),
         (

@@ -9,7 +9,7 @@ import torch
 
 from segtrain import UserError, create_network
 from segtrain.config import read_file
-from segtrain.training import AdamW, PolynomialSchedule
+from segtrain.training import SGD, AdamW, PolynomialSchedule, create_optimizer
 from segtrain.weights.edaformer import OFFICIAL
 
 RULES = {"norm": {"weight_decay_scale": 0.0}, "decoder": {"learning_rate_scale": 10.0}}
@@ -40,7 +40,7 @@ def test_segformer_groups_are_the_official_ones():
     )
     values = read_file(Path("configs/optimizer/adamw_segformer.yaml"))
     network = create_network("segformer_b0", num_classes=19)
-    optimizer = AdamW(**values).build(network)
+    optimizer = create_optimizer(**values).build(network)
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     exempted = 0
     for name, parameter in network.named_parameters():
@@ -53,6 +53,34 @@ def test_segformer_groups_are_the_official_ones():
     assert not group_of
     # Weights and biases of 4 embeddings' norms, 2 in each of 8 blocks, 6 behind a reduction.
     assert exempted == 2 * (4 + 2 * 8 + 6)
+
+
+def test_groups_of_sgd_are_those_of_adamw():
+    network = create_network("edaformer_nano", num_classes=4)
+    described = {"learning_rate": 0.01, "weight_decay": 0.1, "groups": RULES}
+    sgd = create_optimizer("sgd", **described, momentum=0.8)
+    assert sgd == SGD(0.01, 0.1, groups=RULES, momentum=0.8)
+    built, other = sgd.build(network), create_optimizer("adamw", **described).build(network)
+    assert isinstance(built, torch.optim.SGD)
+    for group, theirs in zip(built.param_groups, other.param_groups, strict=True):
+        assert group["momentum"] == 0.8
+        for key in ("params", "lr", "weight_decay"):
+            assert group[key] is theirs[key] or group[key] == theirs[key]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "sgd", "betas": [0.9, 0.999]}, "name=sgd has no argument 'betas'.*momentum"),
+        ({"name": "adamw", "momentum": 0.9}, "name=adamw has no argument 'momentum'.*betas"),
+        ({"name": "sgd", "weight_decay": None}, "name=sgd needs optimizer.weight_decay"),
+    ],
+)
+def test_arguments_of_another_optimiser_are_refused(arguments, message):
+    described = {"learning_rate": 0.01, "weight_decay": 0.0} | arguments
+    given = {key: value for key, value in described.items() if value is not None}
+    with pytest.raises(UserError, match=message):
+        create_optimizer(**given)
 
 
 def test_an_underscore_in_a_key_also_stands_for_a_dot():

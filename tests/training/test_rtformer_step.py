@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from segtrain import create_network, load_weights
 from segtrain.config import compose
-from segtrain.training import AdamW, CrossEntropy, PolynomialSchedule
+from segtrain.training import CrossEntropy, PolynomialSchedule, create_optimizer
 from segtrain.weights.rtformer import PADDLESEG
 
 REFERENCE = Path("tests/reference/rtformer")
@@ -61,7 +61,7 @@ def step(network, official):
     """The step, and what the network held behind each of its parts."""
     optimizer = values("rtformer_slim_cityscapes")["optimizer"]
     optimizer |= {"learning_rate": LEARNING_RATE, "weight_decay": 0.0125}
-    optimizer = AdamW(**optimizer).build(network)
+    optimizer = create_optimizer(**optimizer).build(network)
     criterion, mask = CrossEntropy("valid"), official["labels"].long()
     scores = network(official["input"].float())
     loss = criterion(scores, mask)
