@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from segtrain.config import compose, read_file, to_yaml
+from tests.config.test_plain_vit_recipes import RECIPES as PLAIN_VIT
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 EXPERIMENTS = sorted(file.stem for file in (CONFIGS / "experiment").glob("*.yaml"))
@@ -127,7 +128,7 @@ def test_model_files_hold_the_published_values(name):
 
 
 def test_every_recipe_is_checked_below():
-    tables = (EDAFORMER, SEGFORMER, SEGFORMERPP, RTFORMER, PRETRAINING)
+    tables = (EDAFORMER, SEGFORMER, SEGFORMERPP, RTFORMER, PRETRAINING, PLAIN_VIT)
     assert set(EXPERIMENTS) == set().union(*tables)
 
 
@@ -208,6 +209,7 @@ def test_recipes_of_rtformer(name):
         "drop_path": 0.1 if small else 0.2,
     }
     assert composed["optimizer"] == {
+        "name": "adamw",
         "learning_rate": 1e-4 if small else 4e-4,
         "betas": [0.9, 0.999],
         "weight_decay": 0.05 if small else 0.0125,
