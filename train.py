@@ -298,6 +298,7 @@ def build_trainer(
     """Lightning's Trainer with the run's loggers and callbacks; counts optimiser steps only."""
     from lightning import Trainer
     from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.accelerators import CPUAccelerator
     from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
     from lightning.pytorch.utilities import rank_zero_only
 
@@ -338,6 +339,12 @@ def build_trainer(
         )
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise UserError(f"trainer: {first_line(error)}") from error
+    on_cpu = isinstance(trainer.accelerator, CPUAccelerator)
+    if config["trainer"]["sync_batchnorm"] and trainer.world_size > 1 and on_cpu:
+        raise UserError(
+            "trainer.sync_batchnorm=true works on GPUs alone, and this run has several processes "
+            "on CPUs: set it to false"
+        )
 
     record = None
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]

@@ -76,6 +76,13 @@ def test_what_segformer_refuses(fails, small, argument, parts):
         assert part in message
 
 
+def test_shared_batch_norms_on_several_cpus(fails, small):
+    processes = ("trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp")
+    message = fails(*small, *processes, "trainer.sync_batchnorm=true")
+    assert message.count("\n") == 1
+    assert "sync_batchnorm=true works on GPUs alone" in message
+
+
 def test_a_network_for_whole_images_is_not_trained_on_pixels(fails, small):
     message = fails(*small, "model=rtformer_slim", "model.head=classification")
     assert message.count("\n") == 1
