@@ -11,6 +11,7 @@ from segtrain import UserError, create_network, load_weights
 from segtrain.inference import Inference
 from segtrain.networks.edaformer import EDAFormer, InferenceSpatialReduction
 from segtrain.training import CrossEntropy
+from tests.networks.graphs import assert_baked_into_export, assert_one_graph_each
 
 REFERENCE = Path("tests/reference/edaformer")
 MICRO = json.loads((REFERENCE / "edaformer_micro.json").read_text())
@@ -159,29 +160,8 @@ def test_pools_beyond_the_grid_are_clamped(network):
 
 @torch.inference_mode()
 def test_a_setting_changes_no_state_and_compiles_to_one_graph_each(network):
-    state = {name: value.clone() for name, value in network.state_dict().items()}
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    compiled = torch.compile(network, backend=backend, fullgraph=True)
-    images = torch.randn(1, 3, 64, 64)
-    for _ in range(2):
-        for name in network.settings:
-            with network.using(name):
-                torch.testing.assert_close(compiled(images), network(images))
-    assert len(graphs) == len(network.settings)
-    assert all(torch.equal(state[name], value) for name, value in network.state_dict().items())
+    assert_one_graph_each(network, torch.randn(1, 3, 64, 64), network.settings)
 
 
 def test_a_setting_is_baked_into_an_export(network):
-    images = torch.randn(1, 3, 64, 64)
-    with network.using("isr_2211_222"), torch.no_grad():
-        exported = torch.export.export(network, (images,)).module()
-        reduced = network(images)
-    with torch.no_grad():
-        torch.testing.assert_close(exported(images), reduced)
-        assert not torch.equal(exported(images), network(images))
+    assert_baked_into_export(network, torch.randn(1, 3, 64, 64), "isr_2211_222")

@@ -11,6 +11,7 @@ from torch import nn
 from segtrain import UserError, create_network, load_weights, measure_cost
 from segtrain.networks.batch_norm import BatchNorm
 from segtrain.networks.gpu_friendly_attention import CrossResolutionAttention, normalise_doubly
+from tests.networks.graphs import assert_baked_into_export, assert_one_graph_each
 
 REFERENCE = Path("tests/reference/rtformer")
 TENSORS = load_file(REFERENCE / "rtformer_micro_io.safetensors")
@@ -327,32 +328,12 @@ def test_autocast_changes_scores_by_rounding_alone():
 
 @torch.inference_mode()
 def test_a_setting_changes_no_state_and_compiles_to_one_graph_each(network):
-    state = {name: value.clone() for name, value in network.state_dict().items()}
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    compiled = torch.compile(network, backend=backend, fullgraph=True)
-    images = images_of("c")
-    with torch._dynamo.config.patch(specialize_float=True):  # as the training module has it
-        for name in [*network.settings, *network.settings]:
-            with network.using(name):
-                torch.testing.assert_close(compiled(images), network(images))
-    assert len(graphs) == len(network.settings)
-    assert all(torch.equal(state[name], value) for name, value in network.state_dict().items())
+    assert_one_graph_each(network, images_of("c"), network.settings)
 
 
 @pytest.mark.parametrize("setting", ["full", "cross_4", "scale_0.75"])
 def test_a_setting_is_baked_into_an_export(network, setting):
-    images = images_of("b")
-    with network.using(setting), torch.no_grad():
-        exported = torch.export.export(network, (images,)).module()
-        reduced = network(images)
-    with torch.no_grad():
-        torch.testing.assert_close(exported(images), reduced)
+    assert_baked_into_export(network, images_of("b"), setting)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from segtrain import UserError, create_network, load_weights
 from segtrain.networks.segformer import SegFormer
 from segtrain.reduction import StagedReduction
+from tests.networks.graphs import assert_baked_into_export, assert_one_graph_each
 
 REFERENCE = Path("tests/reference/segformerpp")
 FACTS = json.loads((REFERENCE / "segformerpp_micro.json").read_text())
@@ -272,32 +273,12 @@ def test_autocast_changes_scores_by_rounding_alone(network):
 
 @torch.inference_mode()
 def test_a_setting_changes_no_state_and_compiles_to_one_graph_each(network):
-    state = {name: value.clone() for name, value in network.state_dict().items()}
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    compiled = torch.compile(network, backend=backend, fullgraph=True)
-    images = images_of("a_1x3x128x128")
-    for _ in range(2):
-        for name in network.settings:
-            with network.using(name):
-                torch.testing.assert_close(compiled(images), network(images))
-    assert len(graphs) == len(network.settings)
-    assert all(torch.equal(state[name], value) for name, value in network.state_dict().items())
+    assert_one_graph_each(network, images_of("a_1x3x128x128"), network.settings)
 
 
 @pytest.mark.parametrize("setting", ["full", "bsm_hq", "n2d_2x2", "downsample"])
 def test_a_setting_is_baked_into_an_export(network, setting):
-    images = images_of("c_2x3x128x160")
-    with network.using(setting), torch.no_grad():
-        exported = torch.export.export(network, (images,)).module()
-        reduced = network(images)
-    with torch.no_grad():
-        torch.testing.assert_close(exported(images), reduced)
+    assert_baked_into_export(network, images_of("c_2x3x128x160"), setting)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 from segtrain import UserError, create_network, load_weights, measure_cost
 from segtrain.networks.mask_transformer import MaskTransformer
+from tests.networks.graphs import assert_baked_into_export, assert_one_graph_each
 
 REFERENCE = "tests/reference/plain_vit/segmenter_mask_micro"
 TENSORS = load_file(f"{REFERENCE}_io.safetensors")
@@ -183,30 +184,15 @@ def test_parameters_of_the_official_configurations(size, classes, side, millions
 @pytest.mark.parametrize("decoder", ["mask", "linear"])
 @torch.no_grad()
 def test_one_graph_for_a_setting(decoder):
-    network = micro(decoder=decoder).eval()
     images = torch.randn(2, 3, 50, 70)
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    compiled = torch.compile(network, backend=backend, fullgraph=True)
-    with torch._dynamo.config.patch(specialize_float=True):  # as the training module has it
-        for name in ["full", "expedit_0.5", "full", "expedit_0.5"]:
-            with network.using(name):
-                torch.testing.assert_close(compiled(images), network(images))
-    assert len(graphs) == 2
+    assert_one_graph_each(micro(decoder=decoder).eval(), images, ["full", "expedit_0.5"])
 
 
 @pytest.mark.parametrize("decoder", ["mask", "linear"])
 @torch.no_grad()
 def test_an_export_gives_the_same_scores(decoder):
-    network = micro(decoder=decoder).eval()
     images = torch.randn(1, 3, 50, 70)
-    exported = torch.export.export(network, (images,)).module()
-    torch.testing.assert_close(exported(images), network(images))
+    assert_baked_into_export(micro(decoder=decoder).eval(), images, "full")
 
 
 @pytest.mark.parametrize(

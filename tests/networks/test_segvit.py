@@ -11,6 +11,7 @@ from segtrain import UserError, create_network, load_weights, measure_cost
 from segtrain.inference import Inference
 from segtrain.networks.blocks import grid_from_tokens
 from segtrain.networks.shrinking import ShrinkingBlock
+from tests.networks.graphs import assert_one_graph_each
 
 REFERENCE = Path("tests/reference/plain_vit")
 TENSORS = load_file(REFERENCE / "segvit_atm_micro_io.safetensors")
@@ -149,17 +150,7 @@ def test_images_of_any_size_and_number(create):
 @pytest.mark.parametrize("create", [micro, shrunk_micro])
 @torch.inference_mode()
 def test_it_compiles_to_one_graph(create):
-    network = create().eval()
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    compiled = torch.compile(network, backend=backend, fullgraph=True)
-    torch.testing.assert_close(compiled(TENSORS["input"]), network(TENSORS["input"]))
-    assert len(graphs) == 1
+    assert_one_graph_each(create().eval(), TENSORS["input"], ["full"])
 
 
 @pytest.mark.parametrize(("create", "heads"), [(micro, 3), (shrunk_micro, 2)])

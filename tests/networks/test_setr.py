@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from segtrain import UserError, create_network, load_weights, measure_cost
+from tests.networks.graphs import assert_baked_into_export, assert_one_graph_each
 
 REFERENCE = "tests/reference/plain_vit"
 # Reference -> what the network is created with, beside the sizes.
@@ -196,30 +197,15 @@ def test_macs_of_the_naive_decoder():
 @pytest.mark.parametrize("head", ["naive", "pup", "mla"])
 @torch.no_grad()
 def test_one_graph_for_a_setting(head):
-    network = micro(head).eval()
     images = torch.randn(2, 3, 50, 70)
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    compiled = torch.compile(network, backend=backend, fullgraph=True)
-    with torch._dynamo.config.patch(specialize_float=True):  # as the training module has it
-        for name in ["full", "expedit_0.5", "full", "expedit_0.5"]:
-            with network.using(name):
-                torch.testing.assert_close(compiled(images), network(images))
-    assert len(graphs) == 2
+    assert_one_graph_each(micro(head).eval(), images, ["full", "expedit_0.5"])
 
 
 @pytest.mark.parametrize(("head", "head_style"), VARIANTS)
 @torch.no_grad()
 def test_an_export_gives_the_same_scores(head, head_style):
-    network = micro(head, head_style=head_style).eval()
     images = torch.randn(1, 3, 50, 70)
-    exported = torch.export.export(network, (images,)).module()
-    torch.testing.assert_close(exported(images), network(images))
+    assert_baked_into_export(micro(head, head_style=head_style).eval(), images, "full")
 
 
 @pytest.mark.parametrize(
