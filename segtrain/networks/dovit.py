@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from segtrain.errors import UserError, did_you_mean
 from segtrain.networks.blocks import Grid, grid_from_tokens
 from segtrain.networks.mask_transformer import MaskTransformer
-from segtrain.networks.plain_vit import Normalisation, PlainNetwork, PlainViT, Positions
+from segtrain.networks.plain_vit import (
+    Normalisation,
+    PlainNetwork,
+    PlainViT,
+    Positions,
+    timm_arguments,
+)
 from segtrain.networks.registry import register_network
 from segtrain.networks.setr import crop_padding
 from segtrain.networks.up_head import UpHead
@@ -169,7 +175,7 @@ class DoViT(PlainNetwork):
             drop_path_of_mlps_only=True,
             positions=positions or ("bilinear" if decoder == "setr" else "bicubic"),
             normalisation=normalisation,
-            **(backbone_arguments or {}),
+            **timm_arguments(backbone_arguments),
         )
         if not encoder.num_prefix:
             raise UserError(f"'{backbone}' has no class token, to which DoViT aggregates")

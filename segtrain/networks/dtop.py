@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from segtrain.errors import UserError
 from segtrain.networks.attention_to_mask import AttentionToMask, MaskPrediction, initialise
 from segtrain.networks.blocks import grid_from_tokens
-from segtrain.networks.plain_vit import Normalisation, PlainNetwork, Positions
+from segtrain.networks.plain_vit import Normalisation, PlainNetwork, Positions, timm_arguments
 from segtrain.networks.registry import register_network
 from segtrain.networks.segvit import check_heads, check_outputs, make_encoder
 from segtrain.reduction.attention_core import PackedAttention
@@ -151,7 +151,7 @@ class DToP(PlainNetwork):
             positions=positions,
             drop_path=drop_path,
             normalisation=normalisation,
-            **(backbone_arguments or {}),
+            **timm_arguments(backbone_arguments),
         )
         check_outputs(encoder, outputs)
         check_heads(encoder, num_heads)

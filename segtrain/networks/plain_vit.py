@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
@@ -269,6 +270,19 @@ class PlainNetwork(Network):
     def levels(self, images: Tensor, outputs: Sequence[int]) -> tuple[list[Level], Grid]:
         """The tokens after blocks ``outputs`` (ascending) under the current setting, the grid."""
         return run_levels(self.encoder, images, self.setting, outputs)
+
+
+def timm_arguments(arguments: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a network hands on to timm's constructor beside the arguments of `PlainViT`.
+
+    Raises:
+        UserError: it is one of those, which the network has itself.
+    """
+    own = {*inspect.signature(PlainViT).parameters, "drop_path_rate"} - {"arguments"}
+    for name in arguments or {}:
+        if name in own:
+            raise UserError(f"backbone_arguments: '{name}' is the network's own, or not to be had")
+    return dict(arguments or {})
 
 
 def to_half_range(images: Tensor) -> Tensor:

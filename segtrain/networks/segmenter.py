@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from segtrain.errors import UserError, did_you_mean
 from segtrain.networks.blocks import grid_from_tokens
 from segtrain.networks.mask_transformer import MaskTransformer, initialise
-from segtrain.networks.plain_vit import Normalisation, PlainNetwork, PlainViT, Positions
+from segtrain.networks.plain_vit import (
+    Normalisation,
+    PlainNetwork,
+    PlainViT,
+    Positions,
+    timm_arguments,
+)
 from segtrain.networks.registry import register_network
 from segtrain.reduction.plain import published_settings
 
@@ -109,7 +115,7 @@ class Segmenter(PlainNetwork):
             drop_path_of_mlps_only=values.drop_path_of_mlps_only,
             positions=positions or values.positions,
             normalisation=normalisation,
-            **(backbone_arguments or {}),
+            **timm_arguments(backbone_arguments),
         )
         width = encoder.width
         if decoder_heads is not None and (decoder_heads < 1 or width % decoder_heads):

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from segtrain.errors import UserError
 from segtrain.networks.attention_to_mask import AttentionToMask, MaskPrediction, initialise
 from segtrain.networks.blocks import Grid, grid_from_tokens, resize
-from segtrain.networks.plain_vit import Normalisation, PlainNetwork, PlainViT, Positions
+from segtrain.networks.plain_vit import (
+    Normalisation,
+    PlainNetwork,
+    PlainViT,
+    Positions,
+    timm_arguments,
+)
 from segtrain.networks.registry import register_network
 from segtrain.networks.shrinking import ShrinkingBlock, ShrunkDecoder, resize_tokens
 from segtrain.reduction import Setting
@@ -104,7 +110,7 @@ class SegViT(PlainNetwork):
             positions=positions,
             drop_path=drop_path,
             normalisation=normalisation,
-            **(backbone_arguments or {}),
+            **timm_arguments(backbone_arguments),
         )
         check_outputs(encoder, outputs)
         check_heads(encoder, num_heads)
@@ -158,7 +164,7 @@ class ShrunkSegViT(PlainNetwork):
             positions=positions,
             drop_path=drop_path,
             normalisation=normalisation,
-            **(backbone_arguments or {}),
+            **timm_arguments(backbone_arguments),
         )
         check_heads(encoder, num_heads)
         if not 0 < shrink_at < encoder.depth:

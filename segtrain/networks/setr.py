@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from segtrain.errors import UserError, did_you_mean
 from segtrain.networks.blocks import grid_from_tokens
 from segtrain.networks.mla_head import SCALE, MLAHead, MLANeck
-from segtrain.networks.plain_vit import Normalisation, PlainNetwork, PlainViT, Positions
+from segtrain.networks.plain_vit import (
+    Normalisation,
+    PlainNetwork,
+    PlainViT,
+    Positions,
+    timm_arguments,
+)
 from segtrain.networks.registry import register_network
 from segtrain.networks.up_head import UpHead, initialise_classifier
 from segtrain.reduction.plain import published_settings
@@ -210,7 +216,7 @@ class SETR(PlainNetwork):
             drop_path_of_mlps_only=not official,
             positions=positions,
             normalisation=normalisation,
-            **(backbone_arguments or {}),
+            **timm_arguments(backbone_arguments),
         )
         width, depth = encoder.width, encoder.depth
         if auxiliary is None:

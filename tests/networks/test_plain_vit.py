@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from segtrain import UserError
+from segtrain import UserError, create_network
 from segtrain.inference import IMAGE_MEAN, IMAGE_STD
 from segtrain.networks.plain_vit import PlainViT
 from segtrain.reduction.attention_core import PackedAttention, ProportionalAttention
@@ -329,3 +329,9 @@ def test_pretrained_weights_without_a_network(monkeypatch, tmp_path):
         PlainViT("vit_tiny_patch16_384", pretrained=True)
     assert "timm cannot build 'vit_tiny_patch16_384'" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["drop_path", "drop_path_rate", "pretrained"])
+def test_an_argument_of_the_network_is_not_one_of_timms(name):
+    with pytest.raises(UserError, match=f"backbone_arguments: '{name}' is the network's own"):
+        create_network("segmenter_ti", num_classes=3, backbone_arguments={name: 0})
