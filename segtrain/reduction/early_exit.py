@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from segtrain.errors import UserError
-from segtrain.reduction.setting import Setting
+from segtrain.reduction.setting import Setting, is_share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class EarlyExit(Setting):
 
     def __post_init__(self) -> None:
         values = self.thresholds
-        if not isinstance(values, tuple) or not values or not all(map(_is_probability, values)):
+        if not isinstance(values, tuple) or not values or not all(map(is_share, values)):
             shown = list(values) if isinstance(values, tuple) else values
             raise UserError(
                 f"'thresholds' of a setting is a list of numbers from 0 to 1, not {shown!r}"
@@ -79,7 +79,3 @@ def stay(
     ranks = torch.arange(len(order), device=order.device) - torch.searchsorted(ordered, ordered)
     surest = torch.empty_like(unsure).scatter_(0, order, ranks < kept)
     return unsure | surest
-
-
-def _is_probability(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1

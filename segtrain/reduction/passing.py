@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from segtrain.reduction.attention_core import PackedAttention
-
-Grid = tuple[int, int]
+from segtrain.reduction.merging.pair import Grid
 
 #: A budget's count of patches is a multiple of this.
 BUDGET_STEP = 64

@@ -81,3 +81,8 @@ class Setting:
     def describe(self) -> str:
         """A name for values that nobody named."""
         return "_".join(f"{key}={value}" for key, value in self.values.items())
+
+
+def is_share(value: object) -> bool:
+    """Whether a plain value is a number from 0 to 1."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 from segtrain.errors import UserError
-from segtrain.reduction.setting import Setting
+from segtrain.reduction.setting import Setting, is_share
 
 #: Ours: what DoViT's validations try beside the published thresholds, which are .95 to .985.
 THRESHOLDS = (0.995, 0.99, 0.985, 0.98, 0.97, 0.96, 0.95, 0.9)
@@ -32,7 +31,7 @@ class TokenPassing(Setting):
     def __post_init__(self) -> None:
         for field, value in self._given.items():
             numbers = value if isinstance(value, tuple) else (value,)
-            if not numbers or not all(_is_share(number) for number in numbers):
+            if not numbers or not all(is_share(number) for number in numbers):
                 raise UserError(
                     f"'{field}' of a setting is a number from 0 to 1, or a list of them, one for "
                     f"each decision, not {list(value) if isinstance(value, tuple) else value!r}"
@@ -89,12 +88,3 @@ def published_settings(threshold: float = 0.96) -> list[TokenPassing]:
 def at_decision(value: float | tuple[float, ...], decision: int) -> float:
     """Of one number for all decisions or one for each, that of a decision."""
     return value[decision] if isinstance(value, tuple) else value
-
-
-def _is_share(number: object) -> bool:
-    return (
-        isinstance(number, int | float)
-        and not isinstance(number, bool)
-        and math.isfinite(number)
-        and 0 <= number <= 1
-    )

@@ -9,8 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from segtrain.reduction.attention_core import AttentionCore
-
-Grid = tuple[int, int]
+from segtrain.reduction.merging.pair import Grid
 
 
 class Encoder(Protocol):
