@@ -142,11 +142,3 @@ class AttentionToMask(nn.Module):
             queries, masks = layer(queries, tokens, lengths)
             found.append((queries, masks))
         return found
-
-
-def initialise(module: nn.Module) -> None:
-    """Initial weights of one module of a decoder."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

@@ -74,3 +74,11 @@ def merge_heads(tokens: Tensor) -> Tensor:
 def resize(features: Tensor, size: Grid) -> Tensor:
     """Bilinear resize of (B, C, h, w) to a grid, corners not aligned."""
     return F.interpolate(features, size=size, mode="bilinear", align_corners=False)
+
+
+def initialise_linear(module: nn.Module) -> None:
+    """Initial weights of a module if it is a linear layer, as vision transformers draw them."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

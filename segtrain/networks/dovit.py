@@ -20,7 +20,6 @@ from segtrain.networks.plain_vit import (
     PlainNetwork,
     PlainViT,
     Positions,
-    timm_arguments,
 )
 from segtrain.networks.registry import register_network
 from segtrain.networks.setr import crop_padding
@@ -175,7 +174,7 @@ class DoViT(PlainNetwork):
             drop_path_of_mlps_only=True,
             positions=positions or ("bilinear" if decoder == "setr" else "bicubic"),
             normalisation=normalisation,
-            **timm_arguments(backbone_arguments),
+            backbone_arguments=backbone_arguments,
         )
         if not encoder.num_prefix:
             raise UserError(f"'{backbone}' has no class token, to which DoViT aggregates")

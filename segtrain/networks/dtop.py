@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from segtrain.errors import UserError
-from segtrain.networks.attention_to_mask import AttentionToMask, MaskPrediction, initialise
-from segtrain.networks.blocks import grid_from_tokens
-from segtrain.networks.plain_vit import Normalisation, PlainNetwork, Positions, timm_arguments
+from segtrain.networks.attention_to_mask import AttentionToMask, MaskPrediction
+from segtrain.networks.blocks import grid_from_tokens, initialise_linear
+from segtrain.networks.plain_vit import Normalisation, PlainNetwork, Positions
 from segtrain.networks.registry import register_network
 from segtrain.networks.segvit import check_heads, check_outputs, make_encoder
 from segtrain.reduction.attention_core import PackedAttention
@@ -74,7 +74,7 @@ class Head(nn.Module):
         self.queries = nn.Embedding(num_classes, width)
         self.attention = AttentionToMask(in_width, width, num_heads, num_layers)
         self.classifier = nn.Linear(width, 2)
-        self.apply(initialise)
+        self.apply(initialise_linear)
 
     def forward(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Class logits (B, K, 2), being there first, and the tokens' mask logits (S, K)."""
@@ -151,7 +151,7 @@ class DToP(PlainNetwork):
             positions=positions,
             drop_path=drop_path,
             normalisation=normalisation,
-            **timm_arguments(backbone_arguments),
+            backbone_arguments=backbone_arguments,
         )
         check_outputs(encoder, outputs)
         check_heads(encoder, num_heads)

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from segtrain.networks.blocks import initialise_linear
+
 
 class MaskTransformer(nn.Module):
     """Tokens (B, T, C) -> scores (B, T, K), in whatever order the tokens are.
@@ -61,7 +63,7 @@ class MaskTransformer(nn.Module):
         self.patch_projection = nn.Linear(width, width, bias=False)
         self.class_projection = nn.Linear(width, width, bias=False)
         self.score_norm = nn.LayerNorm(num_classes, eps=eps)
-        self.apply(initialise)
+        self.apply(initialise_linear)
         nn.init.trunc_normal_(self.class_tokens, std=0.02)
         for projection in (self.patch_projection, self.class_projection):
             nn.init.normal_(projection.weight, std=width**-0.5)
@@ -76,11 +78,3 @@ class MaskTransformer(nn.Module):
         patches = F.normalize(self.patch_projection(tokens[:, :num_tokens]), dim=2)
         classes = F.normalize(self.class_projection(tokens[:, num_tokens:]), dim=2)
         return self.score_norm(patches @ classes.transpose(1, 2))
-
-
-def initialise(module: nn.Module) -> None:
-    """Initial weights of one module, as the authors' code draws them."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

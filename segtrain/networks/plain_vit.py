@@ -54,7 +54,7 @@ class PlainViT(nn.Module):
             segmentation networks one of the others.
         normalisation: what the blocks are trained on: ``imagenet`` (images as networks here get
             them) or ``half`` ((pixel - 127.5) / 127.5, as augreg's ViTs were trained).
-        arguments: what timm's constructor takes, such as ``embed_dim`` or ``depth``.
+        backbone_arguments: what timm's constructor takes, such as ``embed_dim`` or ``depth``.
 
     Raises:
         UserError: timm has no such network, or one that is no plain vision transformer, or cannot
@@ -74,9 +74,15 @@ class PlainViT(nn.Module):
         drop_path_of_mlps_only: bool = False,
         positions: Positions = "bicubic",
         normalisation: Normalisation = "imagenet",
-        **arguments: Any,
+        backbone_arguments: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        arguments = dict(backbone_arguments or {})
+        for name in arguments:
+            if name in OWN_ARGUMENTS:
+                raise UserError(
+                    f"backbone_arguments: '{name}' is the network's own, or not to be had"
+                )
         if normalisation not in NORMALISATIONS:
             raise UserError(
                 f"there is no normalisation '{normalisation}': "
@@ -272,17 +278,8 @@ class PlainNetwork(Network):
         return run_levels(self.encoder, images, self.setting, outputs)
 
 
-def timm_arguments(arguments: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What a network hands on to timm's constructor beside the arguments of `PlainViT`.
-
-    Raises:
-        UserError: it is one of those, which the network has itself.
-    """
-    own = {*inspect.signature(PlainViT).parameters, "drop_path_rate"} - {"arguments"}
-    for name in arguments or {}:
-        if name in own:
-            raise UserError(f"backbone_arguments: '{name}' is the network's own, or not to be had")
-    return dict(arguments or {})
+#: What `PlainViT` tells timm itself, under its names or timm's.
+OWN_ARGUMENTS = {*inspect.signature(PlainViT).parameters, "drop_path_rate"}
 
 
 def to_half_range(images: Tensor) -> Tensor:

@@ -9,14 +9,13 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from segtrain.errors import UserError, did_you_mean
-from segtrain.networks.blocks import grid_from_tokens
-from segtrain.networks.mask_transformer import MaskTransformer, initialise
+from segtrain.networks.blocks import grid_from_tokens, initialise_linear
+from segtrain.networks.mask_transformer import MaskTransformer
 from segtrain.networks.plain_vit import (
     Normalisation,
     PlainNetwork,
     PlainViT,
     Positions,
-    timm_arguments,
 )
 from segtrain.networks.registry import register_network
 from segtrain.reduction.plain import published_settings
@@ -115,7 +114,7 @@ class Segmenter(PlainNetwork):
             drop_path_of_mlps_only=values.drop_path_of_mlps_only,
             positions=positions or values.positions,
             normalisation=normalisation,
-            **timm_arguments(backbone_arguments),
+            backbone_arguments=backbone_arguments,
         )
         width = encoder.width
         if decoder_heads is not None and (decoder_heads < 1 or width % decoder_heads):
@@ -132,7 +131,7 @@ class Segmenter(PlainNetwork):
             )
         else:
             self.decoder = nn.Linear(width, num_classes)
-            initialise(self.decoder)
+            initialise_linear(self.decoder)
 
     def score(self, images: Tensor) -> Tensor:
         (level,), grid = self.levels(images, [self.encoder.depth - 1])

@@ -10,14 +10,13 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from segtrain.errors import UserError
-from segtrain.networks.attention_to_mask import AttentionToMask, MaskPrediction, initialise
-from segtrain.networks.blocks import Grid, grid_from_tokens, resize
+from segtrain.networks.attention_to_mask import AttentionToMask, MaskPrediction
+from segtrain.networks.blocks import Grid, grid_from_tokens, initialise_linear, resize
 from segtrain.networks.plain_vit import (
     Normalisation,
     PlainNetwork,
     PlainViT,
     Positions,
-    timm_arguments,
 )
 from segtrain.networks.registry import register_network
 from segtrain.networks.shrinking import ShrinkingBlock, ShrunkDecoder, resize_tokens
@@ -46,7 +45,7 @@ class Decoder(nn.Module):
             AttentionToMask(in_width, width, num_heads, num_layers) for _ in range(levels)
         )
         self.classifier = nn.Linear(width, num_classes + 1)
-        self.apply(initialise)
+        self.apply(initialise_linear)
 
     def forward(self, levels: Sequence[Level], grid: Grid) -> list[MaskPrediction]:
         """Levels, shallow to deep -> what is predicted behind each of them, the last one first.
@@ -110,7 +109,7 @@ class SegViT(PlainNetwork):
             positions=positions,
             drop_path=drop_path,
             normalisation=normalisation,
-            **timm_arguments(backbone_arguments),
+            backbone_arguments=backbone_arguments,
         )
         check_outputs(encoder, outputs)
         check_heads(encoder, num_heads)
@@ -164,7 +163,7 @@ class ShrunkSegViT(PlainNetwork):
             positions=positions,
             drop_path=drop_path,
             normalisation=normalisation,
-            **timm_arguments(backbone_arguments),
+            backbone_arguments=backbone_arguments,
         )
         check_heads(encoder, num_heads)
         if not 0 < shrink_at < encoder.depth:
@@ -206,12 +205,12 @@ def score_classes(prediction: MaskPrediction, size: Grid) -> Tensor:
 
 def make_encoder(backbone: str, image_size: Sequence[int], **arguments: Any) -> PlainViT:
     """The encoder of SegViT and DToP: no class token in the blocks, no final norm."""
-    arguments = {"ln_eps": 1e-6} | arguments
     return PlainViT(
         backbone,
         image_size,
         prefix=False,
         final_norm=False,
+        ln_eps=1e-6,
         drop_path_of_mlps_only=True,
         **arguments,
     )

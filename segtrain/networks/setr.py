@@ -15,7 +15,6 @@ from segtrain.networks.plain_vit import (
     PlainNetwork,
     PlainViT,
     Positions,
-    timm_arguments,
 )
 from segtrain.networks.registry import register_network
 from segtrain.networks.up_head import UpHead, initialise_classifier
@@ -216,7 +215,7 @@ class SETR(PlainNetwork):
             drop_path_of_mlps_only=not official,
             positions=positions,
             normalisation=normalisation,
-            **timm_arguments(backbone_arguments),
+            backbone_arguments=backbone_arguments,
         )
         width, depth = encoder.width, encoder.depth
         if auxiliary is None:

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from segtrain.networks.attention_to_mask import AttentionToMask, MaskPrediction, initialise
+from segtrain.networks.attention_to_mask import AttentionToMask, MaskPrediction
 from segtrain.networks.blocks import (
     Grid,
     grid_from_tokens,
+    initialise_linear,
     merge_heads,
     resize,
     split_heads,
@@ -96,7 +97,7 @@ class ShrunkDecoder(nn.Module):
         self.queries = nn.Embedding(num_classes, width)
         self.attention = AttentionToMask(None, width, num_heads, num_layers)
         self.classifier = nn.Linear(width, num_classes + 1)
-        self.apply(initialise)
+        self.apply(initialise_linear)
 
     def forward(self, maps: Sequence[Tensor], tokens: Tensor, grid: Grid) -> list[MaskPrediction]:
         """What is predicted behind each layer, the last one first.

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from segtrain import UserError, create_network
 from segtrain.inference import IMAGE_MEAN, IMAGE_STD
-from segtrain.networks.plain_vit import PlainViT
+from segtrain.networks.plain_vit import OWN_ARGUMENTS, PlainViT
 from segtrain.reduction.attention_core import PackedAttention, ProportionalAttention
 from segtrain.reduction.plain import Level, PlainReduction, run_levels
 
@@ -32,7 +32,8 @@ MICRO = {"embed_dim": 32, "depth": 3, "num_heads": 4}
 
 def micro(backbone="vit_tiny_patch16_384", image_size=(64, 64), **arguments):
     torch.manual_seed(0)
-    encoder = PlainViT(backbone, image_size, **(MICRO | arguments)).eval()
+    own = {name: arguments.pop(name) for name in OWN_ARGUMENTS & arguments.keys()}
+    encoder = PlainViT(backbone, image_size, backbone_arguments=MICRO | arguments, **own).eval()
     for parameter in encoder.parameters():
         torch.nn.init.normal_(parameter, std=0.1 if parameter.ndim > 1 else 0.5)
     return encoder
@@ -65,9 +66,11 @@ def test_features_of_openmmlab(name):
     encoder = PlainViT(
         "vit_tiny_patch16_384",
         backbone["img_size"],
-        embed_dim=backbone["embed_dims"],
-        depth=backbone["num_layers"],
-        num_heads=backbone["num_heads"],
+        backbone_arguments={
+            "embed_dim": backbone["embed_dims"],
+            "depth": backbone["num_layers"],
+            "num_heads": backbone["num_heads"],
+        },
         prefix=backbone["with_cls_token"],
         final_norm=backbone.get("final_norm", False),
         positions=backbone["interpolate_mode"],
@@ -92,9 +95,11 @@ def test_tokens_of_the_segmenter_code():
     encoder = PlainViT(
         "vit_tiny_patch16_384",
         sizes["image_size"],
-        embed_dim=sizes["d_model"],
-        depth=sizes["n_layers"],
-        num_heads=sizes["n_heads"],
+        backbone_arguments={
+            "embed_dim": sizes["d_model"],
+            "depth": sizes["n_layers"],
+            "num_heads": sizes["n_heads"],
+        },
         ln_eps=1e-5,
         positions="bilinear",
     ).eval()
@@ -133,7 +138,9 @@ def test_every_family_gives_what_timm_gives(backbone, sides):
         ).eval()
         for parameter in reference.parameters():
             torch.nn.init.normal_(parameter, std=0.1 if parameter.ndim > 1 else 0.5)
-        encoder = PlainViT(backbone, (side, side), positions="bicubic_antialiased", **MICRO).eval()
+        encoder = PlainViT(
+            backbone, (side, side), positions="bicubic_antialiased", backbone_arguments=MICRO
+        ).eval()
         weights = reference.state_dict()
         skipped = {key for key in weights if key.startswith(("head", "fc_norm"))}
         encoder.vit.load_state_dict({k: v for k, v in weights.items() if k not in skipped})
@@ -310,7 +317,7 @@ def test_a_level_without_merging_is_its_own_restoration():
         ({"backbone": "vit_small_patch16_rope_mixed_224"}, "is no plain vision transformer"),
         ({"positions": "bicubik"}, "no resizing of positions 'bicubik': did you mean 'bicubic'?"),
         ({"normalisation": "halves"}, "no normalisation 'halves': did you mean 'half'?"),
-        ({"embed_dims": 3}, "timm cannot build 'vit_tiny_patch16_384'"),
+        ({"backbone_arguments": {"embed_dims": 3}}, "timm cannot build 'vit_tiny_patch16_384'"),
     ],
 )
 def test_slips_in_arguments(arguments, message):

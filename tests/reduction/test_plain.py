@@ -31,7 +31,7 @@ class Micro(PlainNetwork):
 
     def __init__(self, **arguments):
         sizes = {"embed_dim": 32, "depth": DEPTH, "num_heads": 4, "patch_size": 8}
-        encoder = PlainViT("vit_tiny_patch16_384", image_size=(64, 64), **(sizes | arguments))
+        encoder = PlainViT("vit_tiny_patch16_384", (64, 64), backbone_arguments=sizes, **arguments)
         super().__init__(5, 8, published_settings(encoder))
         self.encoder = encoder
 
@@ -426,7 +426,8 @@ def test_autocast_changes_values_by_rounding_alone(network, values):
 
 @pytest.mark.parametrize("prefix", ["vit_tiny_patch16_384", "vit_small_patch14_reg4_dinov2"])
 def test_what_stands_before_the_patches_merges_with_nothing(prefix):
-    encoder = PlainViT(prefix, (64, 64), embed_dim=32, depth=4, num_heads=4, patch_size=8)
+    sizes = {"embed_dim": 32, "depth": 4, "num_heads": 4, "patch_size": 8}
+    encoder = PlainViT(prefix, (64, 64), backbone_arguments=sizes)
     tokens, _, _ = encoder.embed(torch.randn(1, 3, 64, 64))
     merged = MergedTokens(tokens, encoder.num_prefix)
     merged = merged.merge(*Alternation(merged.patches, encoder.num_prefix).merge(30))
@@ -564,7 +565,8 @@ def test_a_setting_that_does_not_fit_is_refused(network, values, message):
 
 @pytest.mark.parametrize("values", SETTINGS, ids=str)
 def test_rotations_are_refused(values):
-    encoder = PlainViT("vit_small_patch16_dinov3", (64, 64), embed_dim=32, depth=DEPTH, num_heads=4)
+    sizes = {"embed_dim": 32, "depth": DEPTH, "num_heads": 4}
+    encoder = PlainViT("vit_small_patch16_dinov3", (64, 64), backbone_arguments=sizes)
     assert [setting.name for setting in published_settings(encoder)] == ["full"]
     with pytest.raises(UserError, match="does not fit this backbone, whose positions are rot"):
         PlainReduction.from_values(values).check(encoder)
