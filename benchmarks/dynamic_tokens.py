@@ -5,8 +5,9 @@ python -m benchmarks.dynamic_tokens --sides 512 --rounds 3
 
 Weights are random; thresholds are set for each image such that a given share of its patches runs on
 behind each decision, and the decisions are taken as ever, auxiliary heads included. Budgets keep
-the same shares, rounded up to 64 patches. In a batch the shares differ between images: packed, each
-has its own tokens; by the mean, as the authors have it, all have equally many. "Blocks" are those
+the same shares, rounded up to 64 patches. In a batch the shares differ between images: packed (on a
+CPU, in turn between one decision and the next), each has its own tokens; by the mean, as the
+authors have it, all have equally many. "Blocks" are those
 of the encoder and the decisions between them; "whole network" has the patch embedding before them
 and Segmenter's decoder, which sees all patches, behind them.
 
