@@ -3,26 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from timm.layers import Attention, Mlp
 from torch import Tensor, nn
 
 from segtrain.networks.blocks import merge_heads, split_heads
-
-
-class MaskPrediction(NamedTuple):
-    """What the K queries of one head say, query c being the one of class c.
-
-    Attributes:
-        classes: (B, K, n) logits of the kinds of things, "no object" last: n = K + 1, or n = 2 of
-            the class being there and not.
-        masks: (B, K, h, w) logits of where.
-    """
-
-    classes: Tensor
-    masks: Tensor
 
 
 class CrossAttention(nn.Module):

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from segtrain.errors import UserError
-from segtrain.networks.attention_to_mask import AttentionToMask, MaskPrediction
+from segtrain.networks.attention_to_mask import AttentionToMask
 from segtrain.networks.blocks import grid_from_tokens, initialise_linear
+from segtrain.networks.mask_prediction import MaskPrediction
 from segtrain.networks.plain_vit import Normalisation, PlainNetwork, Positions
 from segtrain.networks.registry import register_network
 from segtrain.networks.segvit import check_heads, check_outputs, make_encoder

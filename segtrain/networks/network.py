@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from segtrain.errors import UserError, did_you_mean
+from segtrain.networks.mask_prediction import MaskPrediction
 from segtrain.reduction import Setting
 
 
@@ -27,8 +28,11 @@ class Network(nn.Module):
     setting_type: ClassVar[type[Setting]] = Setting
     #: Whether the published costs are those of a window, where windows slide, and not of the image.
     cost_of_window: ClassVar[bool] = False
-    #: The loss that takes what the network gives in training: cross_entropy or attention_to_mask.
+    #: The loss that takes what the network gives in training: cross_entropy, attention_to_mask or
+    #: mask_classification.
     criterion: ClassVar[str] = "cross_entropy"
+    #: Image pixels that a pixel of a mask covers along an axis, where the network has ``masks``.
+    mask_stride: ClassVar[int | None] = None
     #: Classes of the modules that repeat, the units that are sharded and recomputed one at a time.
     #: They are called, and nothing else reads their parameters.
     block_types: ClassVar[tuple[type[nn.Module], ...]] = ()
@@ -106,6 +110,14 @@ class Network(nn.Module):
         """
         self.setting = self.resolve_setting(setting)
         self.settings = {self.setting.name: self.setting} | self.settings
+
+    def masks(self, images: Tensor) -> MaskPrediction:
+        """(B, 3, H, W) -> what the queries say, where the network has a ``mask_stride``.
+
+        Raises:
+            UserError: it has none, and scores pixels.
+        """
+        raise UserError(f"{type(self).__name__} scores pixels and has no masks")
 
     @contextmanager
     def using(self, setting: str | Setting | Mapping[str, Any]) -> Iterator[Setting]:

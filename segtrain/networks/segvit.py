@@ -10,8 +10,9 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from segtrain.errors import UserError
-from segtrain.networks.attention_to_mask import AttentionToMask, MaskPrediction
+from segtrain.networks.attention_to_mask import AttentionToMask
 from segtrain.networks.blocks import Grid, grid_from_tokens, initialise_linear, resize
+from segtrain.networks.mask_prediction import MaskPrediction, score_classes
 from segtrain.networks.plain_vit import (
     Normalisation,
     PlainNetwork,
@@ -123,7 +124,7 @@ class SegViT(PlainNetwork):
         predictions = self.decoder(*self.levels(images, self.outputs))
         if self.training:
             return tuple(predictions)
-        return score_classes(predictions[0], (images.shape[2], images.shape[3]))
+        return score_prediction(predictions[0], images)
 
 
 class ShrunkSegViT(PlainNetwork):
@@ -193,14 +194,13 @@ class ShrunkSegViT(PlainNetwork):
         predictions = self.decoder([before, tokens], whole, grid)
         if self.training:
             return tuple(predictions)
-        return score_classes(predictions[0], (images.shape[2], images.shape[3]))
+        return score_prediction(predictions[0], images)
 
 
-def score_classes(prediction: MaskPrediction, size: Grid) -> Tensor:
-    """(B, K, h, w): the queries' probabilities to be of each class, times those of being there."""
-    masks = resize(prediction.masks, size).sigmoid()
-    classes = prediction.classes.softmax(dim=2)[:, :, :-1]
-    return (classes.transpose(1, 2) @ masks.flatten(2)).unflatten(2, size)
+def score_prediction(prediction: MaskPrediction, images: Tensor) -> Tensor:
+    """Scores (B, K, H, W) of images (B, 3, H, W)."""
+    masks = resize(prediction.masks, (images.shape[2], images.shape[3]))
+    return score_classes(prediction.classes, masks)
 
 
 def make_encoder(backbone: str, image_size: Sequence[int], **arguments: Any) -> PlainViT:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from segtrain.networks.attention_to_mask import AttentionToMask, MaskPrediction
+from segtrain.networks.attention_to_mask import AttentionToMask
 from segtrain.networks.blocks import (
     Grid,
     grid_from_tokens,
@@ -19,6 +19,7 @@ from segtrain.networks.blocks import (
     split_heads,
     tokens_from_grid,
 )
+from segtrain.networks.mask_prediction import MaskPrediction
 
 
 class ShrinkingBlock(nn.Module):

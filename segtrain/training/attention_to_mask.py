@@ -10,8 +10,8 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segtrain.networks.attention_to_mask import MaskPrediction
 from segtrain.networks.blocks import resize
+from segtrain.networks.mask_prediction import MaskPrediction
 
 #: Weight of a query whose class is not in the image, in the cross-entropy.
 NO_OBJECT_WEIGHT = 0.1

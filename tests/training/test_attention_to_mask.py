@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import train
 from segtrain import UserError, create_network
-from segtrain.networks.attention_to_mask import MaskPrediction
+from segtrain.networks.mask_prediction import MaskPrediction
 from segtrain.training import AttentionToMaskLoss, CrossEntropy
 from segtrain.training.attention_to_mask import losses
 
