@@ -26,7 +26,7 @@ from data.superpatches import (
     SuperpatchImages,
     label_superpatches,
 )
-from data.transforms import Photometric, keep_ratio_size, training_transform
+from data.transforms import PAD_COLOR, Photometric, keep_ratio_size, training_transform
 from segtrain.errors import UserError
 from segtrain.inference import IMAGE_MEAN, IMAGE_STD
 
@@ -53,9 +53,13 @@ class SegmentationData(lightning.LightningDataModule, ABC):
             for the size that they have.
         scale_range: lowest and highest factor.
         scale_step: between the factors that are drawn; None draws any.
+        shortest_edge: the factor is for the short side alone, and the long side is a limit.
         cat_max_ratio: crops are redrawn while one class covers at least this share; 1 never does.
+        joint_crop_offset: one random number places crops in both directions, as in large-scale
+            jitter.
         photometric: whether training colours are distorted; "pil" for PaddleSeg's distortion
             instead of MMSegmentation's.
+        pad_color: RGB of what pads images to the size of crops.
         eval_scale: (long, short) side that evaluation images are resized into; None keeps them.
         size_divisor: evaluation images are resized up to multiples of it; None keeps them.
         superpatches: masks say of 32x32 pixels of the resized images whether they show one class,
@@ -86,8 +90,11 @@ class SegmentationData(lightning.LightningDataModule, ABC):
         train_scale: Sequence[int] | None = (2048, 512),
         scale_range: Sequence[float] = (0.5, 2.0),
         scale_step: float | None = None,
+        shortest_edge: bool = False,
         cat_max_ratio: float = 0.75,
+        joint_crop_offset: bool = False,
         photometric: Photometric = True,
+        pad_color: Sequence[int] = PAD_COLOR,
         eval_scale: Sequence[int] | None = (2048, 512),
         size_divisor: int | None = 32,
         superpatches: Superpatches | None = None,
@@ -96,6 +103,10 @@ class SegmentationData(lightning.LightningDataModule, ABC):
         limit_eval: int | None = None,
     ) -> None:
         super().__init__()
+        if shortest_edge and train_scale is None:
+            raise UserError(
+                "data.shortest_edge=true needs sides to resize to, and data.train_scale is null"
+            )
         self.root = Path(root)
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -104,8 +115,11 @@ class SegmentationData(lightning.LightningDataModule, ABC):
         self.train_scale = train_scale
         self.scale_range = scale_range
         self.scale_step = scale_step
+        self.shortest_edge = shortest_edge
         self.cat_max_ratio = cat_max_ratio
+        self.joint_crop_offset = joint_crop_offset
         self.photometric = photometric
+        self.pad_color = pad_color
         self.eval_scale = eval_scale
         self.size_divisor = size_divisor
         self.superpatches = superpatches
@@ -253,6 +267,9 @@ class SegmentationData(lightning.LightningDataModule, ABC):
             self.cat_max_ratio,
             self.photometric,
             self.scale_step,
+            shortest_edge=self.shortest_edge,
+            joint_crop_offset=self.joint_crop_offset,
+            pad_color=self.pad_color,
         )
         return TrainingImages(self._limited_split("train"), transform, self.seed)
 

@@ -2,7 +2,8 @@
 
 The training pipeline is the one that EDAFormer, SegFormer and SegFormer++ share (MMSegmentation's
 RandomResize, RandomCrop, RandomFlip, PhotoMetricDistortion, pad), and, by other options, RTFormer's
-(PaddleSeg's). Images are (H, W, 3) uint8 RGB, masks (H, W) uint8 train ids with 255 = ignored.
+(PaddleSeg's) and Mask2Former's (detectron2's). Images are (H, W, 3) uint8 RGB, masks (H, W) uint8
+train ids with 255 = ignored.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from PIL import Image, ImageEnhance
 from data.classes import IGNORE_INDEX
 from segtrain.inference import IMAGE_MEAN
 
-# Normalised to about 0.
-_PAD_COLOR = tuple(round(value) for value in IMAGE_MEAN)
+#: Normalised to about 0.
+PAD_COLOR = tuple(round(value) for value in IMAGE_MEAN)
 
 _REDRAWS = 10
 _ALL_VALUES = np.arange(256, dtype=np.float32)
@@ -35,6 +36,10 @@ def training_transform(
     cat_max_ratio: float,
     photometric: Photometric,
     scale_step: float | None = None,
+    *,
+    shortest_edge: bool = False,
+    joint_crop_offset: bool = False,
+    pad_color: Sequence[int] = PAD_COLOR,
 ) -> A.Compose:
     """Random resize, random crop, flip, photometric distortion and padding to the crop size.
 
@@ -47,19 +52,26 @@ def training_transform(
             never is.
         photometric: see `photometric_distortion`.
         scale_step: between the factors that are drawn, from the lowest on; None draws any.
+        shortest_edge: the factor is for the short side of `scale` alone, and the long side is a
+            limit (detectron2's ResizeShortestEdge).
+        joint_crop_offset: one random number places the crop in both directions (detectron2's
+            FixedSizeCrop, of large-scale jitter).
+        pad_color: RGB of what padding adds to an image; it adds "ignored" to a mask.
     """
     height, width = crop_size
+    crop = RandomCrop(crop_size, cat_max_ratio, joint_crop_offset)
+    flip = A.HorizontalFlip(p=0.5)
     steps = [
-        RandomResize(scale, scale_range, scale_step),
-        RandomCrop(crop_size, cat_max_ratio),
-        A.HorizontalFlip(p=0.5),
+        RandomResize(scale, scale_range, scale_step, shortest_edge),
+        # One number places crops on one diagonal. Flipped before, images are cropped on both.
+        *((flip, crop) if joint_crop_offset else (crop, flip)),
         *photometric_distortion(photometric),
         A.PadIfNeeded(
             min_height=height,
             min_width=width,
             position="top_left",  # where the content stays
             border_mode=cv2.BORDER_CONSTANT,
-            fill=_PAD_COLOR,
+            fill=tuple(pad_color),
             fill_mask=IGNORE_INDEX,
         ),
     ]
@@ -163,11 +175,13 @@ class RandomResize(A.DualTransform):
         scale: Sequence[int] | None,
         scale_range: Sequence[float],
         scale_step: float | None = None,
+        shortest_edge: bool = False,
     ) -> None:
         super().__init__(p=1.0)
         self.scale = scale
         self.scale_range = scale_range
         self.scale_step = scale_step
+        self.shortest_edge = shortest_edge
 
     def get_params_dependent_on_data(
         self, params: dict[str, Any], data: dict[str, Any]
@@ -175,6 +189,10 @@ class RandomResize(A.DualTransform):
         size, factor = params["shape"][:2], self._draw_factor()
         if self.scale is None:
             return {"size": tuple(int(side * factor + 0.5) for side in size)}
+        if self.shortest_edge:
+            longest = max(self.scale)
+            shortest = min(int(min(self.scale) * factor), longest)
+            return {"size": keep_ratio_size(size, (longest, shortest))}
         return {"size": keep_ratio_size(size, [int(side * factor) for side in self.scale])}
 
     def _draw_factor(self) -> float:
@@ -195,13 +213,17 @@ class RandomResize(A.DualTransform):
 class RandomCrop(A.DualTransform):
     """Crop a random window, redrawn up to 10 times while one class dominates it.
 
-    An image smaller than the window in one direction is kept whole in that direction.
+    An image smaller than the window in one direction is kept whole in that direction. With
+    `joint_offset` the window is as far from the top, of how far it can be, as from the left.
     """
 
-    def __init__(self, crop_size: Sequence[int], cat_max_ratio: float) -> None:
+    def __init__(
+        self, crop_size: Sequence[int], cat_max_ratio: float, joint_offset: bool = False
+    ) -> None:
         super().__init__(p=1.0)
         self.crop_size = crop_size
         self.cat_max_ratio = cat_max_ratio
+        self.joint_offset = joint_offset
 
     @property
     def targets_as_params(self) -> list[str]:
@@ -220,10 +242,12 @@ class RandomCrop(A.DualTransform):
         return {"window": window}
 
     def _draw_window(self, shape: tuple[int, ...]) -> tuple[slice, slice]:
-        top, left = (
-            int(self.random_generator.integers(max(side - crop, 0) + 1))
-            for side, crop in zip(shape, self.crop_size, strict=True)
-        )
+        largest = [max(s - crop, 0) for s, crop in zip(shape, self.crop_size, strict=True)]
+        if self.joint_offset:
+            share = self.random_generator.random()
+            top, left = (round(offset * share) for offset in largest)
+        else:
+            top, left = (int(self.random_generator.integers(offset + 1)) for offset in largest)
         return slice(top, top + self.crop_size[0]), slice(left, left + self.crop_size[1])
 
     def apply(self, img: np.ndarray, window: tuple[slice, slice], **params: Any) -> np.ndarray:

@@ -23,6 +23,7 @@ from data.transforms import (
     shift_pil_hue,
     training_transform,
 )
+from segtrain.errors import UserError
 from segtrain.inference import IMAGE_MEAN, IMAGE_STD
 
 IMAGE = cv2.resize(np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8), (120, 90))
@@ -106,6 +107,55 @@ def test_steps_end_at_the_highest_factor(scale_range, step, widths):
     assert {draw(resize, i)["image"].shape[1] for i in range(150)} == widths
 
 
+@pytest.mark.parametrize(
+    ("base", "sides"),
+    [
+        (512, "256 307 358 409 460 512 563 614 665 716 768 819 870 921 972 1024"),
+        (640, "320 384 448 512 576 640 704 768 832 896 960 1024 1088 1152 1216 1280"),
+        (1024, "512 614 716 819 921 1024 1126 1228 1331 1433 1536 1638 1740 1843 1945 2048"),
+    ],
+)
+def test_short_sides_are_those_that_mask2former_chooses_from(base, sides):
+    resize = RandomResize((4 * base, base), (0.5, 2.0), 0.1, shortest_edge=True)
+    drawn = []
+    for i in range(600):
+        seed_transform(A.Compose([resize]), 0, 0, i)
+        size = resize.get_params_dependent_on_data({"shape": (90, 120, 3)}, {})["size"]
+        assert size[1] == pytest.approx(size[0] * 4 / 3, abs=0.51)
+        drawn.append(size[0])
+    values, counts = np.unique(drawn, return_counts=True)
+    assert values.tolist() == [int(side) for side in sides.split()]
+    assert counts.min() > 18  # of 37.5
+    assert counts.max() < 60
+
+
+@pytest.mark.parametrize(
+    ("size", "factor", "resized"),
+    [
+        ((90, 120), 1.5, (150, 200)),  # 200 is the longest
+        ((90, 180), 1.0, (100, 200)),
+        ((90, 180), 1.5, (100, 200)),
+        ((400, 100), 0.5, (200, 50)),
+        ((400, 100), 2.0, (200, 50)),
+        ((90, 90), 3.0, (200, 200)),  # not even the short side is longer
+    ],
+)
+def test_the_long_side_of_the_shortest_edge_is_a_limit_for_all_factors(size, factor, resized):
+    resize = RandomResize((200, 100), (factor, factor), shortest_edge=True)
+    parameters = resize.get_params_dependent_on_data({"shape": (*size, 3)}, {})
+    assert parameters == {"size": resized}
+
+
+def test_images_and_masks_are_resized_alike_by_the_shortest_edge():
+    regions = np.stack([MASK * 20] * 3, -1)
+    for i in range(20):
+        compose = A.Compose([RandomResize((240, 90), (0.5, 2.0), 0.1, shortest_edge=True)])
+        seed_transform(compose, 0, 0, i)
+        result = compose(image=regions, mask=MASK)
+        same = result["image"][..., 0] == result["mask"] * 20
+        assert same.mean() > 0.9  # all but the borders, where bilinear values lie in between
+
+
 def test_random_crop_reaches_every_place_and_moves_image_and_mask_together():
     image = np.arange(90 * 120, dtype=np.int64).reshape(90, 120)
     places = set()
@@ -117,6 +167,103 @@ def test_random_crop_reaches_every_place_and_moves_image_and_mask_together():
         np.testing.assert_array_equal(result["image"][..., 0], result["mask"])
         places.add(int(result["mask"][0, 0]))
     assert places == {(120 * top + left) % 251 for top in range(3) for left in range(2)}
+
+
+def test_a_joint_offset_places_crops_on_the_diagonal():
+    rows, columns = np.mgrid[:90, :120].astype(np.uint8)
+    places = []
+    for i in range(500):
+        compose = A.Compose([RandomCrop((50, 100), 1.0, joint_offset=True)])
+        seed_transform(compose, 0, 0, i)
+        result = compose(image=np.stack([rows, columns, rows], -1), mask=columns)
+        assert result["image"].shape == (50, 100, 3)
+        np.testing.assert_array_equal(result["image"][..., 1], result["mask"])
+        places.append(result["image"][0, 0, :2].astype(int))
+    tops, lefts = np.transpose(places)
+    assert np.abs(tops / 40 - lefts / 20).max() < 0.5 / 40 + 0.5 / 20 + 1e-9
+    assert {*tops} == {*range(41)}
+    assert np.mean(lefts) == pytest.approx(10, abs=0.8)
+    # Rounded, so that the first and the last place are half as likely as the others.
+    assert np.mean(lefts == 0) + np.mean(lefts == 20) == pytest.approx(1 / 20, abs=0.025)
+
+
+def test_a_joint_offset_is_drawn_behind_the_flip():
+    """So that crops lie on both diagonals of the image: flipped ones on the other."""
+    rows, columns = np.mgrid[:90, :120].astype(np.uint8)
+    transform = training_transform(
+        (50, 80), None, (1.0, 1.0), 1.0, photometric=False, joint_crop_offset=True
+    )
+    flips = []
+    for i in range(200):
+        seed_transform(transform, 0, 0, i)
+        result = transform(image=np.stack([rows, columns, rows], -1), mask=columns)
+        top, left = result["image"][0, 0, :2].astype(int)
+        flips.append(left > result["image"][0, -1, 1])
+        assert left == (119 - top if flips[-1] else top)
+    assert np.mean(flips) == pytest.approx(0.5, abs=0.1)
+
+
+def test_large_scale_jitter():
+    """Into a box times 0.1 to 2, cropped to the box, padded right and below."""
+    image = np.stack([MASK * 20] * 3, -1)
+    transform = training_transform(
+        (100, 100), (100, 100), (0.1, 2.0), 1.0, False, joint_crop_offset=True, pad_color=[128] * 3
+    )
+    widths = []
+    for i in range(500):
+        seed_transform(transform, 0, 0, i)
+        result = transform(image=image, mask=MASK)
+        assert result["image"].shape == (100, 100, 3)
+        padded = result["mask"] == 255
+        height, width = (~padded).any(1).sum(), (~padded).any(0).sum()
+        assert padded[height:].all()
+        assert padded[:, width:].all()
+        assert not padded[:height, :width].any()
+        assert (result["image"][padded] == 128).all()
+        same = result["image"][..., 0] == result["mask"] * 20
+        assert same[:height, :width].mean() > 0.6  # but for borders
+        assert height == pytest.approx(0.75 * width, abs=1) or width == 100
+        widths.append(width)
+    widths = np.array(widths)
+    assert 10 <= widths.min() < 13
+    assert np.mean(widths == 100) == pytest.approx(1.0 / 1.9, abs=0.07)
+    assert np.mean(widths[widths < 100]) == pytest.approx(55, abs=5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (((240, 90), (0.5, 2.0)), [(130, 173, 28, 5), (105, 140, 1, 35), (129, 172, 31, 52)]),
+        ((None, (0.5, 2.0), 0.25), [(158, 210, 75, 82), (180, 240, 55, 146), (68, 90, 18, 14)]),
+    ],
+)
+def test_samples_stay_what_they_are_from_version_to_version(arguments, expected):
+    """Sizes and offsets that the first versions drew: an old run goes on with the same samples."""
+    drawn = []
+    for i in range(3):
+        compose = A.Compose([RandomResize(*arguments), RandomCrop((40, 50), 0.75)])
+        seed_transform(compose, 0, 0, i)
+        compose(image=IMAGE, mask=MASK)
+        parameters = compose[1].get_applied_params()
+        rows, columns = parameters["window"]
+        drawn.append((*parameters["shape"][:2], rows.start, columns.start))
+    assert drawn == expected
+
+
+def test_the_options_of_mask2former_reach_the_transforms(open_small):
+    options = {"shortest_edge": True, "joint_crop_offset": True, "pad_color": [128, 127, 126]}
+    images = open_small("ade20k", train_scale=(99, 20), scale_range=(1, 1), **options)
+    resize, flip, crop, _, pad = images.training_images().transform
+    assert (resize.scale, resize.shortest_edge) == ((99, 20), True)
+    assert isinstance(flip, A.HorizontalFlip)
+    assert crop.joint_offset
+    assert pad.fill == (128, 127, 126)
+    resize, crop, *_, pad = open_small("ade20k").training_images().transform
+    assert not resize.shortest_edge
+    assert not crop.joint_offset
+    assert pad.fill == (124, 116, 104)
+    with pytest.raises(UserError, match=r"shortest_edge=true needs .* data.train_scale is null"):
+        open_small("ade20k", train_scale=None, shortest_edge=True)
 
 
 def test_crop_of_a_smaller_image_keeps_it_whole_in_that_direction():
