@@ -4,6 +4,7 @@ from segtrain.training.attention_to_mask import AttentionToMaskLoss
 from segtrain.training.criteria import CrossEntropy, balanced_weights
 from segtrain.training.finite import NonFiniteLoss
 from segtrain.training.logging import log_metrics
+from segtrain.training.mask_classification import SetCriterion
 from segtrain.training.module import SegmentationModule
 from segtrain.training.optimization import (
     SGD,
@@ -24,6 +25,7 @@ __all__ = [
     "Optimizer",
     "PolynomialSchedule",
     "SegmentationModule",
+    "SetCriterion",
     "balanced_weights",
     "create_optimizer",
     "log_metrics",
