@@ -16,6 +16,8 @@ from segtrain.errors import UserError, check_arguments, did_you_mean
 
 #: Learning rate, weight decay and parameters of some that share them, as torch takes them.
 Group = dict[str, Any]
+#: Norm layers; timm's, such as LayerNorm2d and BatchNormAct2d, are kinds of them.
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 
 
 class GroupRule(TypedDict, total=False):
@@ -33,11 +35,17 @@ class Optimizer:
     also stands for a dot: ``stages_0_norm`` matches ``encoder.stages.0.norm.weight``. Longer keys
     are tried first, equally long ones in alphabetical order, and the first match wins, as in mmcv:
     a decoder's norm under rules for ``decoder`` and ``norm`` follows ``decoder`` alone.
+
+    Attributes:
+        norm_decay_scale, embedding_decay_scale: factors on the weight decay of what is in norm
+            layers and in ``nn.Embedding``, whatever its name, beside a rule's; as in detectron2.
     """
 
     learning_rate: float
     weight_decay: float
     groups: Mapping[str, GroupRule] = field(default_factory=dict, kw_only=True)
+    norm_decay_scale: float = field(default=1.0, kw_only=True)
+    embedding_decay_scale: float = field(default=1.0, kw_only=True)
 
     def __post_init__(self) -> None:
         known = GroupRule.__annotations__
@@ -65,9 +73,10 @@ class Optimizer:
         for name, parameter in network.named_parameters():
             if parameter.requires_grad:
                 rule = self.rule_for(name)
+                owner = network.get_submodule(name.rpartition(".")[0])
                 scales = (
                     rule.get("learning_rate_scale", 1.0),
-                    rule.get("weight_decay_scale", 1.0),
+                    rule.get("weight_decay_scale", 1.0) * self._decay_scale_of(owner),
                 )
                 members[scales].append(parameter)
         groups = [
@@ -79,6 +88,11 @@ class Optimizer:
             for (learning_rate_scale, weight_decay_scale), parameters in members.items()
         ]
         return self._over(groups)
+
+    def _decay_scale_of(self, layer: nn.Module) -> float:
+        if isinstance(layer, NORMS):
+            return self.norm_decay_scale
+        return self.embedding_decay_scale if isinstance(layer, nn.Embedding) else 1.0
 
     def _over(self, groups: list[Group]) -> torch.optim.Optimizer:
         raise NotImplementedError

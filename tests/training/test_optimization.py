@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from timm.layers import create_norm_layer
+from torch import nn
 
 from segtrain import UserError, create_network
 from segtrain.config import read_file
@@ -53,6 +55,72 @@ def test_segformer_groups_are_the_official_ones():
     assert not group_of
     # Weights and biases of 4 embeddings' norms, 2 in each of 8 blocks, 6 behind a reduction.
     assert exempted == 2 * (4 + 2 * 8 + 6)
+
+
+def test_mask2former_groups_are_the_official_ones():
+    """Norms and embeddings are known by their kind: no name of theirs here says so."""
+    network = nn.ModuleDict(
+        {
+            "encoder": nn.ModuleDict(
+                {
+                    "convolution": nn.Conv2d(3, 4, 1),
+                    "bn": nn.SyncBatchNorm(4),
+                    "stage": create_norm_layer("layernorm2d", 4),
+                }
+            ),
+            "decoder": nn.ModuleDict(
+                {
+                    "pixels": nn.Sequential(nn.Conv2d(4, 4, 1), nn.GroupNorm(2, 4)),
+                    "queries": nn.ModuleDict(
+                        {"level_embedding": nn.Embedding(3, 4), "classifier": nn.Linear(4, 2)}
+                    ),
+                    "renormalised": nn.Linear(4, 4),
+                }
+            ),
+        }
+    )
+    encoder, pixels = network["encoder"], network["decoder"]["pixels"]
+    table = nn.Parameter(torch.ones(3))
+    encoder["convolution"].register_parameter("relative_position_bias_table", table)
+    pixels.register_parameter("level_embedding", nn.Parameter(torch.ones(3, 4)))
+    values = read_file(Path("configs/optimizer/adamw_mask2former.yaml"))
+    optimizer = create_optimizer(**values).build(network)
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    found = {
+        names[id(parameter)]: (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    assert found == {
+        "encoder.convolution.weight": (1e-5, 0.05),
+        "encoder.convolution.bias": (1e-5, 0.05),
+        "encoder.convolution.relative_position_bias_table": (1e-5, 0.0),
+        "encoder.bn.weight": (1e-5, 0.0),
+        "encoder.bn.bias": (1e-5, 0.0),
+        "encoder.stage.weight": (1e-5, 0.0),
+        "encoder.stage.bias": (1e-5, 0.0),
+        "decoder.pixels.level_embedding": (1e-4, 0.05),
+        "decoder.pixels.0.weight": (1e-4, 0.05),
+        "decoder.pixels.0.bias": (1e-4, 0.05),
+        "decoder.pixels.1.weight": (1e-4, 0.0),
+        "decoder.pixels.1.bias": (1e-4, 0.0),
+        "decoder.queries.level_embedding.weight": (1e-4, 0.0),
+        "decoder.queries.classifier.weight": (1e-4, 0.05),
+        "decoder.queries.classifier.bias": (1e-4, 0.05),
+        "decoder.renormalised.weight": (1e-4, 0.05),
+        "decoder.renormalised.bias": (1e-4, 0.05),
+    }
+    assert len(optimizer.param_groups) == 4
+
+
+def test_scales_of_a_rule_and_of_a_kind_are_multiplied():
+    network = nn.ModuleDict({"early": nn.LayerNorm(2), "late": nn.Embedding(2, 2)})
+    rules = {"early": {"weight_decay_scale": 0.5}}
+    described = AdamW(1.0, 1.0, groups=rules, norm_decay_scale=0.5, embedding_decay_scale=0.125)
+    assert [group["weight_decay"] for group in described.build(network).param_groups] == [
+        0.25,
+        0.125,
+    ]
 
 
 def test_groups_of_sgd_are_those_of_adamw():
