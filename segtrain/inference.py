@@ -3,6 +3,9 @@
 Bilinear resizing is linear and separable, so whatever lies between a window's scores and the
 label map (upsampling to the window, averaging where windows overlap, resizing to the original
 size) is one matrix per axis. The label map is made of these in stripes of rows.
+
+Networks that classify masks have a sigmoid on the way, at the size of the image: there masks are
+upsampled, and classes made of them, for the rows of one stripe at a time.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from segtrain.networks.mask_prediction import MaskPrediction
+
 #: What the red, green and blue of an image (0 to 255) are normalised by before a network sees them.
 IMAGE_MEAN = (123.675, 116.28, 103.53)
 IMAGE_STD = (58.395, 57.12, 57.375)
@@ -26,6 +31,8 @@ IMAGE_STD = (58.395, 57.12, 57.375)
 #: enough to fill the device.
 STRIPE_ELEMENTS = {"cpu": 2**20}
 STRIPE_ELEMENTS_ELSEWHERE = 2**24
+#: The same of stripes that are made of masks. They are higher, as neighbours share rows of masks.
+MASK_STRIPE_ELEMENTS = {"cpu": 2**22}
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,9 @@ class Inference:
         """Predicted classes.
 
         Args:
-            network: images to scores.
+            network: images to scores. Where it has a `mask_stride`, that of the masks which its
+                `masks` gives of images padded at the right and the bottom, a whole image is scored
+                by its masks.
             images: (B, 3, h, w), normalised.
             size: (H, W) of the labels.
 
@@ -70,6 +79,11 @@ class Inference:
     ) -> Iterator[Tensor]:
         """Scores at the asked size, (B, K, rows, W) at a time from top to bottom, float32."""
         height, width = images.shape[2:]
+        mask_stride = getattr(network, "mask_stride", None)
+        if self.mode == "whole" and mask_stride is not None:
+            prediction = network.masks(images)  # type: ignore[operator]
+            yield from score_mask_stripes(prediction, mask_stride, (height, width), size)
+            return
         if self.mode == "whole":
             tops, lefts, window = [0], [0], (height, width)
         else:
@@ -129,6 +143,67 @@ def axis_matrices(
         covered[offset : offset + window] += 1
     to_target = interpolation_matrix(length, target) / covered
     return [to_target[:, offset : offset + window] @ upsample for offset in offsets]
+
+
+def score_mask_stripes(
+    prediction: MaskPrediction, stride: int, image_size: Sequence[int], size: Sequence[int]
+) -> Iterator[Tensor]:
+    """Scores of classes at the asked size, made of masks, a few rows at a time.
+
+    The score of a class is the sum over the queries of its probability times that of the pixel to
+    be in the query's mask, at the size of the image (Mask2Former, 2112.01527, by MaskFormer's
+    section 3.4).
+
+    Args:
+        prediction: of the Q queries, for images that were padded at the right and the bottom.
+        stride: of the masks, in pixels of the image.
+        image_size: (height, width) of the images before padding.
+        size: (H, W) of the labels.
+
+    Yields:
+        (B, K, rows, W) from top to bottom, float32.
+    """
+    masks = prediction.masks.float()
+    classes = prediction.classes.float().softmax(dim=2)[:, :, :-1].transpose(1, 2).contiguous()
+    batch, queries, mask_height, mask_width = masks.shape
+    height, width = image_size
+    upsample = interpolation_matrix(mask_height, mask_height * stride)[:height]
+    resize = None if size[0] == height else interpolation_matrix(height, size[0])
+
+    kinds = max(queries, classes.shape[1])
+    elements = MASK_STRIPE_ELEMENTS.get(masks.device.type, STRIPE_ELEMENTS_ELSEWHERE)
+    # Rows of the image count where labels are smaller than it.
+    longest = max(width, size[1]) * max(1.0, height / size[0])
+    step = max(1, int(elements / (batch * kinds * longest)))
+    for top in range(0, size[0], step):
+        rows = slice(top, min(top + step, size[0]))
+        if resize is not None:
+            weights, rows = used_columns(resize[rows])
+        upsample_rows, mask_rows = used_columns(upsample[rows])
+        with full_precision(masks.device):
+            here = upsample_rows.to(masks) @ masks[:, :, mask_rows]
+            # Rows stay as many, so that this interpolates the columns alone.
+            here = _resize_columns(here, mask_width * stride)[..., :width].sigmoid()
+            stripe = (classes @ here.flatten(2)).unflatten(2, here.shape[2:])
+            stripe = _resize_columns(stripe, size[1])
+            if resize is not None:
+                stripe = weights.to(stripe) @ stripe
+        yield stripe
+
+
+def used_columns(matrix: Tensor) -> tuple[Tensor, slice]:
+    """The part of a banded matrix that holds all but zeros, and where its columns are."""
+    used = matrix.any(dim=0).nonzero()
+    columns = slice(int(used[0]), int(used[-1]) + 1)
+    return matrix[:, columns], columns
+
+
+def _resize_columns(features: Tensor, width: int) -> Tensor:
+    """(B, C, h, w) -> (B, C, h, width)."""
+    if features.shape[3] == width:
+        return features
+    size = (features.shape[2], width)
+    return F.interpolate(features, size=size, mode="bilinear", align_corners=False)
 
 
 def _stripes(rows: Sequence[Tensor], bands: Sequence[Tensor]) -> Iterator[Tensor]:

@@ -1,9 +1,17 @@
+import itertools
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from segtrain import inference
+from segtrain.cost import _Meter
 from segtrain.inference import Inference, window_offsets
+from segtrain.networks.mask_prediction import MaskPrediction
+
+MASKS = Path(__file__).parent / "reference/mask2former_proscale/proscale_micro_io.safetensors"
 
 
 class Scores(torch.nn.Module):
@@ -71,3 +79,78 @@ def test_stripes_stay_small_at_the_largest_size(monkeypatch):
     for stripe in Inference().score_stripes(network, images, (1024, 2048)):
         largest = max(largest, stripe.numel())
     assert largest <= inference.STRIPE_ELEMENTS["cpu"]
+
+
+class Masks(torch.nn.Module):
+    """Masks at stride 4 of images padded to multiples of 32, whatever the image."""
+
+    mask_stride = 4
+
+    def __init__(self, classes, masks):
+        super().__init__()
+        self.prediction = MaskPrediction(classes, masks)
+
+    def masks(self, images):
+        return self.prediction
+
+
+def score_plainly(network, image_size, size):
+    classes, masks = network.prediction
+    padded = resize(masks, tuple(4 * side for side in masks.shape[2:])).sigmoid()
+    scores = torch.einsum("bqk,bqhw->bkhw", classes.softmax(dim=2)[..., :-1], padded)
+    return resize(scores[:, :, : image_size[0], : image_size[1]], size)
+
+
+@pytest.mark.parametrize("setting", ["base", "l123_residual"])
+@torch.inference_mode()
+def test_masks_are_scored_as_officially(setting, monkeypatch):
+    monkeypatch.setitem(inference.MASK_STRIPE_ELEMENTS, "cpu", 10000)
+    reference = load_file(MASKS)
+    network = Masks(reference[f"{setting}/pred_logits"], reference[f"{setting}/pred_masks"])
+    images = torch.zeros(2, 3, 64, 96)
+    stripes = list(Inference().score_stripes(network, images, (64, 96)))
+    assert len(stripes) > 10
+    scores = torch.cat(stripes, dim=2)
+    plain = score_plainly(network, (64, 96), (64, 96))
+    torch.testing.assert_close(scores, plain, atol=1e-5, rtol=0)
+    step = 4 if setting == "base" else 8
+    expected = reference[f"{setting}/semseg_sub{step}"]
+    torch.testing.assert_close(scores[:, :, ::step, ::step], expected, atol=1e-5, rtol=0)
+    prediction = Inference()(network, images, (64, 96))
+    assert torch.equal(prediction, reference[f"{setting}/semseg_argmax"].long())
+
+
+@pytest.mark.parametrize("size", [(50, 75), (31, 47), (120, 101)])
+@pytest.mark.parametrize("elements", [3000, 2**22])
+@torch.inference_mode()
+def test_masks_of_padded_images_at_other_sizes(size, elements, monkeypatch):
+    """Of an image of 50x75, padded to 64x96."""
+    monkeypatch.setitem(inference.MASK_STRIPE_ELEMENTS, "cpu", elements)
+    network = Masks(torch.randn(2, 9, 6), 3 * torch.randn(2, 9, 16, 24))
+    stripes = Inference().score_stripes(network, torch.zeros(2, 3, 50, 75), size)
+    expected = score_plainly(network, (50, 75), size)
+    torch.testing.assert_close(torch.cat(list(stripes), dim=2), expected, atol=1e-5, rtol=0)
+
+
+@torch.inference_mode()
+def test_windows_of_networks_with_masks_slide_over_their_scores():
+    class Both(Scores):
+        mask_stride = 4
+
+    network, images = Both(), torch.randn(1, 3, 72, 100)
+    slide = Inference("slide", window=(32, 32), stride=(24, 24))
+    plain = Scores()
+    plain.load_state_dict(network.state_dict())
+    assert torch.equal(slide(network, images, (72, 100)), slide(plain, images, (72, 100)))
+
+
+@torch.inference_mode()
+def test_masks_never_become_classes_at_full_size():
+    """100 queries and 150 classes at 1024 x 2048: 2 GB whole."""
+    network = Masks(torch.randn(1, 100, 151), torch.randn(1, 100, 256, 512))
+    images = torch.zeros(1, 3, 1024, 2048)
+    with _Meter({}, []) as meter:
+        stripes = Inference().score_stripes(network, images, (1024, 2048))
+        for stripe in itertools.islice(stripes, 10):
+            stripe.max(dim=1)
+    assert meter.peak_bytes < 200e6
