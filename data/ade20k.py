@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from data.classes import load_class_table
 from data.files import Place, Split, first_existing
-from data.module import SegmentationData, SplitName
+from data.module import SplitName
+from data.panoptic import PanopticData
 
 _NAME = "ADEChallengeData2016"
 
 
-class ADE20K(SegmentationData):
+class ADE20K(PanopticData):
     """`root` holds ADEChallengeData2016/ or ADEChallengeData2016.zip, or is that folder itself.
 
     Raw id 0 ("other objects") is ignored, raw ids 1 to 150 are train ids 0 to 149.
@@ -26,9 +29,25 @@ class ADE20K(SegmentationData):
         f"{_NAME}.zip (md5 7328b3957e407ddae1d3cbf487f149ef), the scene parsing benchmark of"
         " http://sceneparsing.csail.mit.edu"
     )
+    panoptic_names = ("ade20k_panoptic_val",)
+    panoptic_suffix = ".png"
+    panoptic_expected = (
+        "beside images/, or in data.root: ade20k_panoptic_val.json, and ade20k_panoptic_val/ with"
+        " .png files (2000)"
+    )
+    how_to_make_panoptic = (
+        "datasets/prepare_ade20k_pan_seg.py of Mask2Former's repository makes them from"
+        " annotations/ and the instance annotations (annotations_instance.tar, same site)"
+    )
 
     def find_split(self, split: SplitName) -> Split:
         folder = {"train": "training", "val": "validation"}[split]
-        places = [Place(self.root / _NAME), Place(self.root / f"{_NAME}.zip", f"{_NAME}/")]
-        base = first_existing(places) or Place(self.root)
+        base = self._base()
         return self.pair(base / "images" / folder, ".jpg", base / "annotations" / folder, ".png")
+
+    def panoptic_places(self) -> Iterable[Place]:
+        return self._base(), Place(self.root)
+
+    def _base(self) -> Place:
+        places = [Place(self.root / _NAME), Place(self.root / f"{_NAME}.zip", f"{_NAME}/")]
+        return first_existing(places) or Place(self.root)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from data.classes import load_class_table
 from data.files import Place, Split, first_existing
-from data.module import SegmentationData, SplitName
+from data.module import SplitName
+from data.panoptic import PanopticData
 
 
-class Cityscapes(SegmentationData):
+class Cityscapes(PanopticData):
     """`root` holds leftImg8bit/ and gtFine/, or the zips with these folders.
 
     Labels are read from the `labelIds` files as distributed. The defaults are EDAFormer's recipe:
@@ -32,6 +33,16 @@ class Cityscapes(SegmentationData):
         " gtFine_trainvaltest.zip (md5 4237c19de34c8a376e9ba46b495d6f66) from"
         " https://www.cityscapes-dataset.com/downloads (free registration)"
     )
+    panoptic_names = ("cityscapes_panoptic_val", "cityscapes_panoptic_val_trainId")
+    panoptic_suffix = "_gtFine_panoptic.png"
+    panoptic_expected = (
+        "in gtFine/, or in data.root: cityscapes_panoptic_val.json, and cityscapes_panoptic_val/"
+        " with *_gtFine_panoptic.png (500)"
+    )
+    how_to_make_panoptic = (
+        "csCreatePanopticImgs (createPanopticImgs) of cityscapesScripts, with CITYSCAPES_DATASET"
+        " set to data.root and gtFine/ unpacked there"
+    )
 
     def __init__(
         self,
@@ -42,10 +53,12 @@ class Cityscapes(SegmentationData):
         train_scale: Sequence[int] = (2048, 1024),
         eval_scale: Sequence[int] | None = None,
         size_divisor: int | None = None,
+        panoptic: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(
             root,
+            panoptic=panoptic,
             batch_size=batch_size,
             crop_size=crop_size,
             train_scale=train_scale,
@@ -55,9 +68,13 @@ class Cityscapes(SegmentationData):
         )
 
     def find_split(self, split: SplitName) -> Split:
-        images, labels = (
-            first_existing([folder, Place(self.root / f"{name}_trainvaltest.zip", f"{name}/")])
-            or folder
-            for name, folder in ((n, Place(self.root / n)) for n in ("leftImg8bit", "gtFine"))
-        )
+        images, labels = self._folder("leftImg8bit"), self._folder("gtFine")
         return self.pair(images / split, "_leftImg8bit.png", labels / split, "_gtFine_labelIds.png")
+
+    def panoptic_places(self) -> Iterable[Place]:
+        return self._folder("gtFine"), Place(self.root)
+
+    def _folder(self, name: str) -> Place:
+        folder = Place(self.root / name)
+        archive = Place(self.root / f"{name}_trainvaltest.zip", f"{name}/")
+        return first_existing([folder, archive]) or folder
