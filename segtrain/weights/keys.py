@@ -48,6 +48,8 @@ class KeyTable:
             that they fit, in words; empty if none. Reports tell it always.
         optional: what the names of those of our encoder modules begin with that may be absent, from
             the file or from the network, where an encoder alone is loaded to be trained on.
+        exact: our names of weights that are read in another way where they are a 1x1 convolution's
+            than where they are a linear layer's, so that neither stands for the other.
         model_type: the origin's name for the network in the ``config.json`` of a folder.
         read_config: from such a file's content to further traceless arguments. Raises UserError
             if it describes a network that ours cannot be.
@@ -63,6 +65,7 @@ class KeyTable:
     traceless: Callable[[Mapping[str, Tensor]], dict[str, Any]] = no_arguments
     recipe: Callable[[Mapping[str, Tensor]], str] | None = None
     optional: tuple[str, ...] = ()
+    exact: tuple[str, ...] = ()
     model_type: str = ""
     read_config: Callable[[Mapping[str, Any]], dict[str, Any]] = no_arguments
 

@@ -58,7 +58,7 @@ def load_weights(
     Args:
         network: left as it was if anything is raised.
         path: a safetensors file, one written by ``torch.save``, a ``.pdparams`` file of Paddle or
-            a zip with one in it, or a Hugging Face folder.
+            a zip with one in it, a ``.pkl`` file of detectron2, or a Hugging Face folder.
         strict: every parameter of the network must be in the file, and the reverse. If False,
             what fits is loaded and the report tells the rest.
         backbone_only: load the encoder alone, as from an ImageNet checkpoint; what is in the file
@@ -76,9 +76,11 @@ def load_weights(
     own = network.state_dict()
     if backbone_only:
         own, named = _encoder_part(own), _encoder_part(named)
+    exact = {name for table in _tables(network) for name in table.exact}
     named = {
-        name: _as_layer(value, own[name]) if name in own else value
+        name: _as_layer(value, own[name]) if name in own and name not in exact else value
         for name, value in network.fit_weights(named).items()
+        if name in own or not _is_count(name)  # which frozen batch norms do without
     }
     shapes = {
         name: (tuple(named[name].shape), tuple(value.shape))
@@ -98,8 +100,10 @@ def load_weights(
     )
     misplaced = {*missing, *surplus, *(() if backbone_only else unknown)} - set(optional)
     if strict and (misplaced or report.reshaped):
-        other = _another_network(network, table, named, demanded)
-        raise UserError(f"weights {path}: {_misfit(network, report, other)}")
+        theirs, ours = _arguments(network, named)
+        other = _another_network(network, table, named, demanded, theirs, ours)
+        classes = _other_classes(network, report, theirs, ours)
+        raise UserError(f"weights {path}: {_misfit(network, report, other, classes)}")
     for argument, value in demanded.items():
         if getattr(network, argument) != value:
             raise UserError(
@@ -246,18 +250,44 @@ def _foreign(
     return f"{origin}, not for {type(network).__name__}{advice}"
 
 
+def _arguments(
+    network: Network, named: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a file's weights, by our names, and the network's tell of ``create_network``."""
+    own = network.state_dict()
+    if len(_encoder_part(named)) == len(named):
+        own = _encoder_part(own)
+    read = next((table.read_arguments for table in _tables(network)), no_arguments)
+    return read(named), read(own)
+
+
+def _other_classes(
+    network: Network, report: LoadReport, theirs: Mapping[str, Any], ours: Mapping[str, Any]
+) -> int | None:
+    """The number of classes of a file that fits but for that number; None for any other."""
+    if report.missing or report.unexpected:
+        return None
+    if any(file[1:] != own[1:] for _, file, own in report.reshaped):
+        return None
+    if theirs and ours:
+        alike = {**theirs, "num_classes": None} == {**ours, "num_classes": None}
+        return theirs.get("num_classes") if alike and theirs != ours else None
+    lengths = {(file[:1], own[:1]) for _, file, own in report.reshaped}
+    if len(lengths) != 1:
+        return None
+    ((found, own),) = lengths
+    return found[0] if found and own == (network.num_classes,) else None
+
+
 def _another_network(
     network: Network,
     table: KeyTable | None,
     named: Mapping[str, Tensor],
     demanded: Mapping[str, Any],
+    theirs: dict[str, Any],
+    ours: dict[str, Any],
 ) -> str:
     """How to create the network that weights are for, if they show that it is another one."""
-    own = network.state_dict()
-    if len(_encoder_part(named)) == len(named):
-        own = _encoder_part(own)
-    read = next((table.read_arguments for table in _tables(network)), no_arguments)
-    theirs, ours = read(named), read(own)
     if not theirs or not ours or theirs == ours:
         return ""
     untold = _traceless(table, named) | {
@@ -277,16 +307,13 @@ def _another_network(
     )
 
 
-def _misfit(network: Network, report: LoadReport, other: str) -> str:
+def _misfit(network: Network, report: LoadReport, other: str, classes: int | None) -> str:
     """Why a file does not fit a network, and what to do where that is plain."""
-    classes = {file[0] for _, file, _ in report.reshaped if file}
-    if not (report.missing or report.unexpected) and len(classes) == 1:
-        (found,) = classes
-        if all(ours == (network.num_classes, *file[1:]) for _, file, ours in report.reshaped):
-            return (
-                f"for {found} classes, the network has {network.num_classes}: create it with "
-                f"num_classes={found}, or load the encoder alone with backbone_only=True"
-            )
+    if classes is not None:
+        return (
+            f"for {classes} classes, the network has {network.num_classes}: create it with "
+            f"num_classes={classes}, or load the encoder alone with backbone_only=True"
+        )
     encoder = [
         name
         for name in (*report.missing, *report.unexpected, *(name for name, *_ in report.reshaped))
