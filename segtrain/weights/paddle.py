@@ -1,4 +1,7 @@
-"""Parameters from Paddle's ``.pdparams`` files, which are pickles, without Paddle."""
+"""Parameters from pickles of numpy's arrays, which run nothing but what makes arrays.
+
+Paddle's ``.pdparams`` files are such pickles, and detectron2's ``.pkl`` files.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import io
 import math
 import pickle
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -51,12 +55,20 @@ class _Type:
         self.byte_order = state[1]
 
 
+class _OrderedDict(dict[Any, Any]):
+    """Stands for a state dict, without the attributes that torch gives it."""
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
 _STAND_INS = {
     ("numpy", "ndarray"): _Array,
     ("numpy.core.multiarray", "_reconstruct"): _Array,
     ("numpy._core.multiarray", "_reconstruct"): _Array,
     ("numpy", "dtype"): _Type,
     ("_codecs", "encode"): str.encode,  # bytes, as pickles before protocol 3 have them
+    ("collections", "OrderedDict"): _OrderedDict,
 }
 
 
@@ -70,7 +82,8 @@ class _ArrayUnpickler(pickle.Unpickler):
 def unpickle_arrays(content: bytes) -> Any:
     """What a pickle holds, which is run by an unpickler that knows nothing but arrays.
 
-    Arrays become tensors, also those in pairs (name, array), where they are the values of a dict.
+    Arrays become tensors, also those in pairs (name, array), where they are the values of a dict,
+    or of the dict that detectron2 keeps in it under ``model``.
 
     Raises:
         UnpicklingError: anything is not as it should be. If the pickle names anything that is no
@@ -79,12 +92,19 @@ def unpickle_arrays(content: bytes) -> Any:
     try:
         unpickled = _ArrayUnpickler(io.BytesIO(content)).load()
         if isinstance(unpickled, dict):
-            return {key: _with_tensor(value) for key, value in unpickled.items()}
+            arrays = _with_tensors(unpickled)
+            if isinstance(arrays.get("model"), dict):
+                arrays["model"] = _with_tensors(arrays["model"])
+            return arrays
         return unpickled
     except pickle.UnpicklingError:
         raise
     except Exception as error:  # a damaged pickle may do anything to the objects it has built
         raise pickle.UnpicklingError("not a pickle of arrays") from error
+
+
+def _with_tensors(content: Mapping[Any, Any]) -> dict[Any, Any]:
+    return {key: _with_tensor(value) for key, value in content.items()}
 
 
 def _with_tensor(value: Any) -> Any:

@@ -50,9 +50,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Parameter name -> tensor on the CPU, as the file has them but for wrappers and prefixes.
 
     Reads safetensors and whatever ``torch.save`` wrote: a bare state dict, OpenMMLab's
-    ``{meta, state_dict, optimizer}``, a checkpoint of ours (the network's part of it). Of Paddle,
-    a ``.pdparams`` file or a zip with one in it. A Hugging Face folder stands for the weights in
-    it, be they in one file or in several with an index.
+    ``{meta, state_dict, optimizer}``, detectron2's ``{model, optimizer, iteration}``, a checkpoint
+    of ours (the network's part of it). Of Paddle, a ``.pdparams`` file or a zip with one in it; of
+    detectron2, a ``.pkl`` file with arrays. A Hugging Face folder stands for the weights in it, be
+    they in one file or in several with an index.
 
     Raises:
         UserError: there is no such file, it is damaged, it is no checkpoint, or it holds code.
@@ -143,12 +144,12 @@ def _read_content(path: Path) -> Any:
         start = file.read(32)
     if start[8:9] == b"{":  # after the length of a JSON header
         return _read_safetensors(path)
-    paddle = None
+    arrays = None
     if start.startswith(b"PK"):
-        paddle = _paddle_file_in_zip(path)
+        arrays = _paddle_file_in_zip(path)
     elif start.startswith(b"\x80") and _TORCH_MAGIC not in start:  # a pickle, not one of torch's
-        paddle = path.read_bytes()
-    return _read_torch(path) if paddle is None else _read_paddle(path, paddle)
+        arrays = path.read_bytes()
+    return _read_torch(path) if arrays is None else _read_arrays(path, arrays)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -174,7 +175,7 @@ def _read_torch(path: Path) -> Any:
             raise _damaged(path) from error
 
 
-def _read_paddle(path: Path, content: bytes) -> Any:
+def _read_arrays(path: Path, content: bytes) -> Any:
     try:
         return unpickle_arrays(content)
     except UnpicklingError as error:

@@ -5,6 +5,7 @@ import os
 import pickle
 import sys
 import types
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -15,6 +16,14 @@ from segtrain import UserError
 from segtrain.weights.readers import read_config, read_weights
 
 WEIGHTS = {"layer.weight": torch.arange(6.0).view(2, 3)}
+
+
+ARRAYS = {
+    "stem.conv1.weight": np.linspace(-1, 1, 24, dtype=np.float32).reshape(2, 3, 4),
+    "stem.conv1.norm.num_batches_tracked": np.array(7),
+    "half": np.arange(5, dtype=np.float16),
+    "column major": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+}
 
 
 class Code:
@@ -233,3 +242,98 @@ def test_config_of_a_folder(tmp_path):
     assert "names no model_type" in one_line(read_config, tmp_path)
     path.write_text('{"model_type": "segformer", "depths": [2, 2]}')
     assert read_config(tmp_path) == {"model_type": "segformer", "depths": [2, 2]}
+
+
+# --------------------------------------------------------------------------- detectron2's pickles
+
+
+def detectron2_file(path, model=ARRAYS, protocol=2, **others):
+    content = {"model": model, "__author__": "third_party", "matching_heuristics": True} | others
+    path.write_bytes(pickle.dumps(content, protocol=protocol))
+    return path
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+@pytest.mark.parametrize("name", ["R-50.pkl", "model_final.pth"])
+def test_detectron2_pickle_is_read_bit_for_bit(tmp_path, protocol, name):
+    path = detectron2_file(tmp_path / name, protocol=protocol)
+    tensors = {key: torch.from_numpy(value.copy()) for key, value in ARRAYS.items()}
+    save_file({key: value.contiguous() for key, value in tensors.items()}, tmp_path / "same")
+    read, expected = read_weights(path), read_weights(tmp_path / "same")
+    assert read.keys() == expected.keys()
+    for key, value in read.items():
+        assert value.dtype == expected[key].dtype
+        assert torch.equal(value, expected[key])
+        value.zero_()  # of its own memory
+
+
+def test_detectron2_pickle_of_a_state_dict(tmp_path):
+    state = torch.nn.BatchNorm1d(2).state_dict()
+    assert state._metadata  # an attribute, which pickles hold
+    for key, value in state.items():
+        state[key] = value.numpy()
+    read = read_weights(detectron2_file(tmp_path / "R-50.pkl", state))
+    assert {key: value.tolist() for key, value in read.items()} == {
+        key: value.tolist() for key, value in state.items()
+    }
+
+
+def test_detectron2_training_checkpoint(tmp_path):
+    content = {
+        "model": WEIGHTS,
+        "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 1e-4}]},
+        "scheduler": {"base_lrs": [1e-4], "last_epoch": 3, "_step_count": 4},
+        "iteration": 3,
+    }
+    torch.save(content, tmp_path / "model_final.pth")
+    read = read_weights(tmp_path / "model_final.pth")
+    assert read.keys() == WEIGHTS.keys()
+    assert torch.equal(read["layer.weight"], WEIGHTS["layer.weight"])
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_code_in_a_detectron2_pickle_is_refused_and_not_run(tmp_path, protocol):
+    marker = tmp_path / "marker"
+    code = Code(marker)
+    for number, content in enumerate(
+        (
+            {"model": ARRAYS | {"code": code}},
+            {"model": code},
+            {"model": ARRAYS, "__author__": code},
+            {"model": {"weight": np.array([1, code], dtype=object)}},
+        )
+    ):
+        path = detectron2_file(tmp_path / f"{number}.pkl", protocol=protocol, **content)
+        assert "holds code (posix.system), which is refused" in one_line(read_weights, path)
+    assert not marker.exists()
+    pickle.loads(path.read_bytes())
+    assert marker.exists()  # the file would have done it
+
+
+def test_truncated_and_odd_detectron2_pickles(tmp_path):
+    path = detectron2_file(tmp_path / "whole.pkl")
+    content = path.read_bytes()
+    cut = tmp_path / "cut.pkl"
+    for length in range(0, len(content), 13):
+        cut.write_bytes(content[:length])
+        assert "cannot be read as a checkpoint" in one_line(read_weights, cut)
+    itself = {}
+    itself["model"] = itself
+    for model, message in (
+        ({}, "holds no parameters"),
+        ([1, 2], "holds no parameters, but: model, __author__, matching_heuristics"),
+        (itself, "holds no parameters"),
+        ({"deep": {"model": ARRAYS}}, "holds no parameters, but: deep"),
+        ({"weight": np.array(["a"])}, "cannot be read as a checkpoint"),
+        ({"weight": np.zeros(2, dtype=np.complex64)}, "cannot be read as a checkpoint"),
+    ):
+        assert message in one_line(read_weights, detectron2_file(cut, model))
+
+
+@pytest.mark.parametrize("key", ["items", "get", "__class__", "__setstate__", "keys"])
+def test_attributes_of_a_state_dict_replace_nothing(tmp_path, key):
+    state = OrderedDict(ARRAYS)
+    state.__dict__[key[::-1]] = "odd"
+    path = detectron2_file(tmp_path / "odd.pkl", state)
+    path.write_bytes(path.read_bytes().replace(key[::-1].encode(), key.encode()))
+    assert read_weights(path).keys() == ARRAYS.keys()
