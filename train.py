@@ -232,6 +232,7 @@ def build_module(
         activation_checkpointing=config["activation_checkpointing"],
         setting=settings[0] if settings else None,
         ignore_index=data_module.ignore_index,
+        classes=data_module.classes,
         config=config,
     )
 

@@ -26,9 +26,10 @@ from data.superpatches import (
     SuperpatchImages,
     label_superpatches,
 )
-from data.transforms import PAD_COLOR, Photometric, keep_ratio_size, training_transform
+from data.transforms import PAD_COLOR, Photometric, training_transform
+from segtrain.classes import Classes
 from segtrain.errors import UserError
-from segtrain.inference import IMAGE_MEAN, IMAGE_STD
+from segtrain.inference import IMAGE_MEAN, IMAGE_STD, keep_ratio_size
 
 SplitName = Literal["train", "val"]
 
@@ -157,6 +158,12 @@ class SegmentationData(lightning.LightningDataModule, ABC):
     def palette(self) -> np.ndarray:
         """(K, 3) uint8 RGB."""
         return self.table.palette if self.superpatches is None else PALETTE
+
+    @property
+    def classes(self) -> Classes:
+        """Names and colours, as checkpoints hold them."""
+        palette = tuple((int(r), int(g), int(b)) for r, g, b in self.palette)
+        return Classes(tuple(self.class_names), palette, self.ignore_index)
 
     def check(self, splits: Sequence[SplitName] = ("train", "val")) -> None:
         """Look whether the files are there, before anything expensive is built.

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 from data.classes import IGNORE_INDEX
-from segtrain.inference import IMAGE_MEAN
+from segtrain.inference import IMAGE_MEAN, evaluation_sizes, keep_ratio_size
 
 #: Normalised to about 0.
 PAD_COLOR = tuple(round(value) for value in IMAGE_MEAN)
@@ -96,29 +96,12 @@ def seed_transform(transform: A.Compose, seed: int, epoch: int, index: int) -> N
     transform.set_random_state(generator, random.Random(int(sequence.generate_state(1)[0])))
 
 
-def keep_ratio_size(size: Sequence[int], scale: Sequence[int]) -> tuple[int, int]:
-    """The largest (height, width) of the same shape as `size` within (long, short) = `scale`."""
-    height, width = size
-    factor = min(max(scale) / max(height, width), min(scale) / min(height, width))
-    return int(height * factor + 0.5), int(width * factor + 0.5)
-
-
 def resize_for_evaluation(
     image: np.ndarray, scale: Sequence[int] | None, size_divisor: int | None
 ) -> np.ndarray:
-    """Resize an image (H, W, 3) keeping its shape, then both sides up to multiples of a number.
-
-    EDAFormer's test pipeline resizes twice, e.g. 333x500 -> 512x769 -> 512x800.
-
-    Args:
-        scale: (long, short) side to fit into; None leaves the image as it is.
-        size_divisor: of the second resize; None skips it.
-    """
-    if scale is not None:
-        image = _resize(image, keep_ratio_size(image.shape[:2], scale), cv2.INTER_LINEAR)
-    if size_divisor is not None:
-        height, width = (-(-side // size_divisor) * size_divisor for side in image.shape[:2])
-        image = _resize(image, (height, width), cv2.INTER_LINEAR)
+    """Resize an image (H, W, 3) as `evaluation_sizes` has it."""
+    for size in evaluation_sizes(image.shape[:2], scale, size_divisor):
+        image = _resize(image, size, cv2.INTER_LINEAR)
     return image
 
 

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from segtrain.networks.blocks import Grid
 from segtrain.networks.mask_prediction import MaskPrediction
 
 #: What the red, green and blue of an image (0 to 255) are normalised by before a network sees them.
@@ -107,6 +108,34 @@ class Inference:
             bands.append(band)
         rows = axis_matrices(bands[0].shape[2], window[0], tuple(tops), height, size[0])
         yield from _stripes(rows, bands)
+
+
+def keep_ratio_size(size: Sequence[int], scale: Sequence[int]) -> Grid:
+    """The largest (height, width) of the same shape as `size` within (long, short) = `scale`."""
+    height, width = size
+    factor = min(max(scale) / max(height, width), min(scale) / min(height, width))
+    return int(height * factor + 0.5), int(width * factor + 0.5)
+
+
+def evaluation_sizes(
+    size: Sequence[int], scale: Sequence[int] | None, size_divisor: int | None
+) -> list[Grid]:
+    """The (height, width) that an image is resized to for evaluation, one after the other.
+
+    EDAFormer's test pipeline resizes twice, e.g. 333x500 -> 512x769 -> 512x800.
+
+    Args:
+        size: (height, width) of the image.
+        scale: (long, short) side to fit into, keeping the shape; None leaves the image as it is.
+        size_divisor: both sides go up to multiples of it; None skips this.
+    """
+    sizes = [] if scale is None else [keep_ratio_size(size, scale)]
+    if size_divisor is not None:
+        height, width = sizes[-1] if sizes else size
+        sizes.append(
+            (-(-height // size_divisor) * size_divisor, -(-width // size_divisor) * size_divisor)
+        )
+    return sizes
 
 
 def window_offsets(length: int, window: int, stride: int) -> list[int]:

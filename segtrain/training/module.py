@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
+from segtrain.classes import Classes
 from segtrain.errors import UserError
 from segtrain.inference import Inference
 from segtrain.metrics import ConfusionMatrix, mean_iou, pixel_accuracy
@@ -50,6 +51,7 @@ class SegmentationModule(LightningModule):
             buffers as they were before its optimiser step, on all ranks, and counts the step in
             ``skipped_steps``. The step passes all the same: schedule and data go on.
         ignore_index: label of the pixels that validations do not count.
+        classes: that the network tells apart, kept in every checkpoint.
         config: the composed configuration, kept in every checkpoint; plain types. Its ``seed`` is
             that of the random numbers drawn in training, 0 without one.
     """
@@ -68,6 +70,7 @@ class SegmentationModule(LightningModule):
         setting: str | Setting | Mapping[str, Any] | None = None,
         nonfinite: Literal["stop", "skip"] = "stop",
         ignore_index: int = 255,
+        classes: Classes | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -79,6 +82,7 @@ class SegmentationModule(LightningModule):
         self.log_every = log_every
         self.nonfinite = nonfinite
         self.skipped_steps = 0
+        self.classes = classes
         self.config = dict(config or {})
         self.seed = int(self.config.get("seed", 0))
         self.confusion = ConfusionMatrix(network.num_classes, ignore_index=ignore_index)
@@ -280,6 +284,8 @@ class SegmentationModule(LightningModule):
         if not self.trainer.strategy.reduce_boolean_decision(finite):
             raise NonFiniteLoss(f"the weights after step {self.trainer.global_step} are not finite")
         checkpoint["config"] = self.config
+        if self.classes is not None:
+            checkpoint["classes"] = self.classes.values
         checkpoint["skipped_steps"] = self.skipped_steps
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -13,7 +13,6 @@ from data.transforms import (
     PILPhotometricDistortion,
     RandomCrop,
     RandomResize,
-    keep_ratio_size,
     one_class_dominates,
     resize_for_evaluation,
     scale_and_shift,
@@ -24,7 +23,7 @@ from data.transforms import (
     training_transform,
 )
 from segtrain.errors import UserError
-from segtrain.inference import IMAGE_MEAN, IMAGE_STD
+from segtrain.inference import IMAGE_MEAN, IMAGE_STD, keep_ratio_size
 
 IMAGE = cv2.resize(np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8), (120, 90))
 MASK = np.repeat(np.repeat(np.arange(12, dtype=np.uint8).reshape(3, 4), 30, 0), 30, 1)
