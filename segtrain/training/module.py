@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +21,7 @@ from segtrain.errors import UserError
 from segtrain.inference import Inference
 from segtrain.metrics import ConfusionMatrix, mean_iou, pixel_accuracy
 from segtrain.networks import Network
+from segtrain.networks.mask_prediction import MaskPrediction
 from segtrain.reduction import Setting
 from segtrain.training.finite import Buffers, Loss, NonFiniteLoss, all_finite, first_problem
 from segtrain.training.logging import log_metrics
@@ -93,6 +94,7 @@ class SegmentationModule(LightningModule):
             recompute_blocks(network)
         # Not a submodule: its parameters are the network's own.
         self._run: list[nn.Module] = [network]
+        self._run_masks: Callable[[Tensor], MaskPrediction] = network.masks
         if compile:
             torch._dynamo.config.recompile_limit = COMPILED_GRAPHS
             # A setting's numbers belong into its graph, or image sizes would become unknowns there.
@@ -100,6 +102,7 @@ class SegmentationModule(LightningModule):
             # Graphs split for DDP take neither images of changing sizes nor recomputed blocks.
             torch._dynamo.config.optimize_ddp = False
             self._run = [torch.compile(network)]  # type: ignore[list-item]
+            self._run_masks = torch.compile(network.masks)
         # What happened since training metrics were last logged.
         self._losses: list[Tensor] = []
         self._images_since_log = 0
@@ -111,6 +114,15 @@ class SegmentationModule(LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W), normalised -> what the network gives."""
         return self._run[0](images)
+
+    @property
+    def mask_stride(self) -> int | None:
+        """Image pixels that a pixel of `masks` covers along an axis, None if there are no masks."""
+        return self.network.mask_stride
+
+    def masks(self, images: Tensor) -> MaskPrediction:
+        """(B, 3, H, W), normalised -> what the network says of masks."""
+        return self._run_masks(images)
 
     def on_train_start(self) -> None:
         self._apply_hyperparameters()
