@@ -176,6 +176,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", module="lightning")
     # Of depthwise kernels, whose channels last or first are the same memory.
     warnings.filterwarnings("ignore", "(?s).*Grad strides do not match bucket view strides")
+    # Nothing is written into what a network gives.
+    warnings.filterwarnings("ignore", "(?s)FSDP2-wrapped module .* returned a view tensor")
     warnings.showwarning = lambda message, *_: print(
         f"segtrain: warning: {message}", file=sys.stderr
     )
@@ -269,18 +271,24 @@ def build_criterion(
     """The loss that a network is trained with."""
     import torch
 
-    from segtrain.training import AttentionToMaskLoss, CrossEntropy, balanced_weights
+    from segtrain.training import (
+        AttentionToMaskLoss,
+        CrossEntropy,
+        SetCriterion,
+        balanced_weights,
+    )
 
     criterion = dict(config["criterion"])
     class_weights = criterion["class_weights"]
-    if network.criterion == "attention_to_mask":
+    own = {"attention_to_mask": AttentionToMaskLoss, "mask_classification": SetCriterion}
+    if network.criterion in own:
         for key in ("class_weights", "hard_examples", "label_smoothing"):
             if criterion[key] not in (None, 0, "balanced"):
                 raise UserError(
                     f"criterion.{key} is of the cross-entropy, and {config['model']['name']} has "
                     "a loss of its own: leave it out"
                 )
-        return AttentionToMaskLoss(data_module.ignore_index)
+        return own[network.criterion](ignore_index=data_module.ignore_index)
     if config["task"] == "validate":
         criterion["class_weights"] = None  # nothing is trained, and training labels may be absent
     elif class_weights == "balanced":

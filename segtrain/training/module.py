@@ -94,7 +94,7 @@ class SegmentationModule(LightningModule):
             recompute_blocks(network)
         # Not a submodule: its parameters are the network's own.
         self._run: list[nn.Module] = [network]
-        self._run_masks: Callable[[Tensor], MaskPrediction] = network.masks
+        self._compiled_masks: Callable[[Tensor], MaskPrediction] | None = None
         if compile:
             torch._dynamo.config.recompile_limit = COMPILED_GRAPHS
             # A setting's numbers belong into its graph, or image sizes would become unknowns there.
@@ -102,7 +102,7 @@ class SegmentationModule(LightningModule):
             # Graphs split for DDP take neither images of changing sizes nor recomputed blocks.
             torch._dynamo.config.optimize_ddp = False
             self._run = [torch.compile(network)]  # type: ignore[list-item]
-            self._run_masks = torch.compile(network.masks)
+            self._compiled_masks = torch.compile(network.masks)
         # What happened since training metrics were last logged.
         self._losses: list[Tensor] = []
         self._images_since_log = 0
@@ -122,7 +122,7 @@ class SegmentationModule(LightningModule):
 
     def masks(self, images: Tensor) -> MaskPrediction:
         """(B, 3, H, W), normalised -> what the network says of masks."""
-        return self._run_masks(images)
+        return (self._compiled_masks or self.network.masks)(images)
 
     def on_train_start(self) -> None:
         self._apply_hyperparameters()

@@ -16,7 +16,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.optim import Optimizer
 
 from segtrain.networks import Network
@@ -50,6 +54,7 @@ class FullySharded(ModelParallelStrategy):
             mesh = mesh["data_parallel"]
         for module in (*network.blocks, network):
             fully_shard(module, mesh=mesh)
+        register_fsdp_forward_method(network, "masks")
 
     def gather(self, network: Network) -> None:
         """Hold all parameters on every rank until ``release``.

@@ -383,7 +383,10 @@ def test_what_config_json_tells_and_weights_do_not(hf_folder):
 def test_another_model_type(hf_folder):
     change_config(hf_folder, model_type="swin")
     message = refusal(deeper_hf_micro(), hf_folder, strict=False)
-    assert message == "weights X: config.json is of model_type 'swin', segtrain reads: segformer"
+    assert (
+        message
+        == "weights X: config.json is of model_type 'swin', segtrain reads: mask2former, segformer"
+    )
 
 
 def test_code_in_a_hugging_face_folder(hf_folder):
