@@ -80,10 +80,36 @@ def _added_product(args: tuple[Any, ...], out: Tensor) -> int:
     return out.numel() * args[1].shape[-1]
 
 
+def _einsum(args: tuple[Any, ...], out: Tensor) -> int:
+    equation, operands = args[:2]
+    if len(operands) == 1:
+        return 0
+    sides: dict[str | int, int] = {}
+    terms = equation.replace(" ", "").partition("->")[0].split(",")
+    for term, operand in zip(terms, operands, strict=True):
+        before, dots, after = term.partition("...")
+        unnamed = range(len(before) + len(after) - operand.dim(), 0) if dots else ()
+        for name, side in zip((*before, *unnamed, *after), operand.shape, strict=True):
+            sides[name] = max(side, sides.get(name, 1))
+    return math.prod(sides.values())
+
+
+def _printed_einsum(args: tuple[Any, ...], out: Tensor) -> float:
+    # fvcore reads what numpy prints, which are four digits.
+    return float(f"{2 * _einsum(args, out):.3e}") // 2
+
+
 def _attention(args: tuple[Any, ...], out: Tensor) -> int:
     query, key, value = args[:3]
     rows = out.numel() // value.shape[-1]
     return rows * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+
+
+def _traced_attention(args: tuple[Any, ...], out: Tensor) -> int:
+    # Where keys are hidden, torch's MultiheadAttention multiplies them with queries by baddbmm,
+    # which fvcore does not know.
+    hidden = len(args) > 3 and args[3] is not None and args[3].dtype == torch.bool
+    return out.numel() * args[1].shape[-2] if hidden else _attention(args, out)
 
 
 def _packed_attention(args: tuple[Any, ...], out: Any) -> int:
@@ -104,6 +130,7 @@ _MACS: dict[Any, Work] = {
     aten.convolution: _convolution,
     aten.linear: _product,
     aten.matmul: _product,
+    aten.einsum: _einsum,
     aten.mm: _product,
     aten.bmm: _product,
     aten.addmm: _added_product,
@@ -128,7 +155,8 @@ _MMCV: dict[Any, Work] = _MACS | {
 #: - ``mmcv``: the module counter of mmcv 1.3 plus attention products, the GFLOPs of EDAFormer's
 #:   tables. The batch norm of those models is a SyncBN, which mmcv leaves out.
 #: - ``mmcv_1.2``: the same of mmcv 1.2, which leaves layer norms out, too: SegFormer's tables.
-#: - ``fvcore``: the default handlers of fvcore's FlopCountAnalysis, in evaluation mode.
+#: - ``fvcore``: the default handlers of fvcore's FlopCountAnalysis, in evaluation mode. It does not
+#:   see into the kernel in which the authors' deformable attention samples.
 CONVENTIONS: Mapping[str, Mapping[Any, Work]] = {
     "macs": _MACS,
     "official": _MACS,
@@ -136,12 +164,14 @@ CONVENTIONS: Mapping[str, Mapping[Any, Work]] = {
     "mmcv_1.2": _MMCV,
     "fvcore": _MACS
     | {
+        aten.einsum: _printed_einsum,
+        aten.scaled_dot_product_attention: _traced_attention,
         aten.batch_norm: lambda args, out: out.numel() * (1 if args[1] is None else 2),
         aten.layer_norm: lambda args, out: out.numel() * (4 if args[2] is None else 5),
         aten.group_norm: lambda args, out: out.numel() * (4 if args[2] is None else 5),
         aten.upsample_nearest2d: _per_output(1),
         aten.upsample_bilinear2d: _per_output(4),
-        aten.grid_sampler: _per_output(4),
+        aten.grid_sampler: _per_output(0),
         aten.adaptive_avg_pool2d: _per_input(1),
     },
 }
