@@ -71,7 +71,7 @@ def main(arguments: list[str]) -> int:
 
 
 def run(composed: ComposedConfig, resumed: ResumedRun | None = None) -> None:
-    """Fit or validate what the configuration describes."""
+    """Fit, validate or gate what the configuration describes."""
     config = composed.values
     if resumed is not None:
         check_resumed(composed, resumed)
@@ -98,13 +98,19 @@ def run(composed: ComposedConfig, resumed: ResumedRun | None = None) -> None:
         checkpoint = find_checkpoint(resumed.folder, resumed.checkpoint, steps, folder)
 
     data_module = create_data_module(**config["data"])
-    data_module.check(["val"] if config["task"] == "validate" else ["train", "val"])
+    scores_given = config["task"] == "gate" and config["gate"]["data"] is not None
+    only_val = config["task"] == "validate" or scores_given
+    data_module.check(["val"] if only_val else ["train", "val"])
     torch.set_float32_matmul_precision(config["matmul_precision"])
     seed_everything(config["seed"], workers=True, verbose=False)
     module = build_module(config, data_module, load=checkpoint is None)
     trainer = build_trainer(config, folder, resumed)
     try:
-        if config["task"] == "validate":
+        if config["task"] == "gate":
+            from gate import train_gate
+
+            train_gate(trainer, module, data_module, config, folder)
+        elif config["task"] == "validate":
             trainer.validate(module, data_module, verbose=False)
         else:
             if resumed is not None and checkpoint is not None:
@@ -147,8 +153,12 @@ def check_files(config: dict[str, Any]) -> None:
         # A run that goes on has its weights in its checkpoint.
         if config[key] is not None and config["resume"] is None and not Path(config[key]).exists():
             raise UserError(f"{key}={config[key]}: there is no such file")
-    if config["task"] == "validate" and config["ckpt"] is None and config["weights"] is None:
-        raise UserError("task=validate needs the weights to score: ckpt=FILE or weights=FILE")
+    if config["task"] != "fit" and config["ckpt"] is None and config["weights"] is None:
+        raise UserError(
+            f"task={config['task']} needs the weights to score: ckpt=FILE or weights=FILE"
+        )
+    if config["task"] == "gate":
+        check_gate(config)
     if config["setting"] is not None and config["task"] != "validate":
         raise UserError(
             "setting= goes with task=validate; weights are trained under model.training_setting"
@@ -159,6 +169,32 @@ def check_files(config: dict[str, Any]) -> None:
             f"schedule.steps={schedule['steps']} is not a multiple of "
             f"schedule.validate_every={schedule['validate_every']}: the last steps would never be "
             "scored"
+        )
+
+
+def check_gate(config: dict[str, Any]) -> None:
+    """Raise UserError for what task=gate cannot work with."""
+    file, beta = config["gate"]["data"], config["gate"]["beta"]
+    if file is not None and not Path(file).exists():
+        raise UserError(f"gate.data={file}: there is no such file")
+    if beta < 0:
+        raise UserError(f"gate.beta is a quality that a layer costs, at least 0, not {beta:g}")
+    if config["inference"]["mode"] != "whole":
+        raise UserError("task=gate scores exits of whole images: inference.mode=whole")
+    if config["trainer"]["strategy"] == "fsdp2":
+        raise UserError("task=gate does not go with trainer.strategy=fsdp2: use ddp")
+
+
+def check_strategy(trainer: Trainer, config: dict[str, Any]) -> None:
+    """Raise UserError if DDP would wait for gradients of layers that a step leaves out."""
+    from lightning.pytorch.strategies import DDPStrategy
+
+    leaves_out = config["model"].get("exits") is not None and config["task"] == "fit"
+    waits = isinstance(trainer.strategy, DDPStrategy) and trainer.world_size > 1
+    if leaves_out and waits and config["trainer"]["strategy"] in ("auto", "ddp"):
+        raise UserError(
+            "training with model.exits leaves out some layers in every step, which several "
+            "processes take with trainer.strategy=ddp_find_unused_parameters_true"
         )
 
 
@@ -214,6 +250,13 @@ def build_module(
         )
     if isinstance(network, SuperpatchPolicy) and data_module.superpatches is None:
         raise UserError("model=cts_policy learns from superpatches: add data.superpatches=all")
+    module_type = SegmentationModule
+    if config["task"] == "gate":
+        from gate import check_exits
+        from segtrain.training.exit_gate import ExitScoring
+
+        check_exits(network, config["model"]["name"])
+        module_type = ExitScoring
     if load:
         load_named_weights(network, config)
     settings = resolve_settings(network, asked_settings(config), "setting")
@@ -222,7 +265,7 @@ def build_module(
     ):
         raise UserError("setting={budget_gmacs: ...} needs callbacks.cost_curve, which meets it")
     schedule = {k: config["schedule"][k] for k in inspect.signature(PolynomialSchedule).parameters}
-    return SegmentationModule(
+    return module_type(
         network,
         build_criterion(config, network, data_module),
         create_optimizer(**config["optimizer"]),
@@ -354,6 +397,7 @@ def build_trainer(
             "trainer.sync_batchnorm=true works on GPUs alone, and this run has several processes "
             "on CPUs: set it to false"
         )
+    check_strategy(trainer, config)
 
     record = None
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]

@@ -311,13 +311,28 @@ class SegmentationData(lightning.LightningDataModule, ABC):
         Raises:
             UserError: there are fewer images than ranks.
         """
-        dataset = self._labelled(self.evaluation_images())
+        return self._evaluation_loader(self.evaluation_images(), "evaluation", "data.limit_eval")
+
+    def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Every training image once, resized as for evaluation, split over the ranks.
+
+        Raises:
+            UserError: there are fewer images than ranks.
+        """
+        split = self._limited_split("train")
+        images = EvaluationImages(split, self.eval_scale, self.size_divisor)
+        return self._evaluation_loader(images, "training", "data.limit_train")
+
+    def _evaluation_loader(
+        self, images: EvaluationImages, kind: str, limit: str
+    ) -> DataLoader[dict[str, Any]]:
+        dataset = self._labelled(images)
         rank, world_size = self._rank_and_world_size()
         if len(dataset) < world_size:
             # A rank without a batch would skip what the others then wait for.
             raise UserError(
-                f"{len(dataset)} evaluation images cannot be shared by {world_size} processes:"
-                " use fewer trainer.devices or more images (data.limit_eval)"
+                f"{len(dataset)} {kind} images cannot be shared by {world_size} processes:"
+                f" use fewer trainer.devices or more images ({limit})"
             )
         return self._loader(
             dataset,

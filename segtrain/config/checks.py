@@ -29,12 +29,15 @@ UNIONS: dict[str, object] = {
     "data.superpatches": str | None,
     "data.train_scale": list[int] | None,
     "data.workers": int | str,
+    "model.exits": list[int] | None,
     "model.ln_eps": float | str,
+    "model.recalibration": str | None,
     "model.training_setting": str | dict,
     "callbacks.cost_curve.limit_batches": int | None,
     "callbacks.cost_curve.settings": list | None,
     "callbacks.ema": dict | None,
     "callbacks.pictures.settings": list | None,
+    "gate.data": str | None,
     "tracking.entity": str | None,
     "tracking.group": str | None,
     "tracking.notes": str | None,
@@ -44,7 +47,7 @@ UNIONS: dict[str, object] = {
 
 # The words that a key takes where it holds text.
 WORDS = {
-    "task": ("fit", "validate"),
+    "task": ("fit", "gate", "validate"),
     "criterion.class_weights": ("balanced",),
     "criterion.reduction": ("all", "valid"),
     "data.layout": ("ade20k", "cityscapes", "cocostuff"),

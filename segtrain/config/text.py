@@ -24,6 +24,7 @@ usage: train.py [group=name ...] [experiment=name] [key=value ...] [--cfg] [--he
                                or resume=wandb:entity/project/RUN_ID[:alias]
   config=runs/NAME/config.yaml repeat a run
   task=validate ckpt=FILE      score a checkpoint under all its settings
+  task=gate ckpt=FILE          train the gate of a Mask2Former with exits (docs/mask2former.md)
   --cfg                        print the composed configuration and stop
   --help model=edaformer_tiny  print the file of one choice
 

@@ -94,7 +94,7 @@ def message(folder, *arguments: str) -> str:
         ("callbacks.checkpoints=5", "'callbacks.checkpoints' expects a section of keys, got 5"),
         ("schedule.steps=${name}", "${name}: 'schedule.steps' expects a whole number, got null"),
         # Values.
-        ("task=trian", "'task' cannot be 'trian': Have: fit, validate"),
+        ("task=trian", "'task' cannot be 'trian': Have: fit, gate, validate"),
         (
             "tracking.mode=of",
             "'tracking.mode' cannot be 'of': Have: auto, disabled, offline, online",

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from segtrain.config import compose, read_file, to_yaml
+from tests.config.test_exit_recipes import EXITS
+from tests.config.test_mask_recipes import MASKS
 from tests.config.test_plain_vit_recipes import RECIPES as PLAIN_VIT
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -128,7 +130,7 @@ def test_model_files_hold_the_published_values(name):
 
 
 def test_every_recipe_is_checked_below():
-    tables = (EDAFORMER, SEGFORMER, SEGFORMERPP, RTFORMER, PRETRAINING, PLAIN_VIT)
+    tables = (EDAFORMER, SEGFORMER, SEGFORMERPP, RTFORMER, PRETRAINING, PLAIN_VIT, MASKS, EXITS)
     assert set(EXPERIMENTS) == set().union(*tables)
 
 
