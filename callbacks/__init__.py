@@ -1,4 +1,4 @@
-"""What happens around training: the cost curve, pictures, checkpoints, progress and the report."""
+"""What happens around training: curves, pictures, checkpoints, progress and the report."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from callbacks.averaging import ExponentialMovingAverage
 from callbacks.checkpoints import Checkpoints
 from callbacks.cost_curve import CostCurve
 from callbacks.jsonl import ForgetLostSteps
+from callbacks.panoptic import PanopticCurve
 from callbacks.pictures import Pictures
 from callbacks.progress import Progress
 from callbacks.report import Report
@@ -30,6 +31,7 @@ __all__ = [
     "Checkpoints",
     "CostCurve",
     "ExponentialMovingAverage",
+    "PanopticCurve",
     "Pictures",
     "Progress",
     "Report",
@@ -46,6 +48,7 @@ __all__ = [
 _CALLBACKS: dict[str, type[Callback]] = {
     "ema": ExponentialMovingAverage,
     "cost_curve": CostCurve,
+    "panoptic": PanopticCurve,
     "pictures": Pictures,
     "checkpoints": Checkpoints,
     "artifacts": Artifacts,
