@@ -6,8 +6,6 @@ import contextlib
 import os
 import shutil
 import sys
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
+from segtrain.checkpoints import damage
 from segtrain.errors import first_line
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
@@ -103,22 +102,6 @@ def find_whole_checkpoint(folder: Path) -> Path | None:
                 "the checkpoint before it is used",
                 file=sys.stderr,
             )
-    return None
-
-
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, by the checksums that torch.save writes; None if nothing."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            record = archive.testzip()
-            if record is not None:
-                return f"wrong checksum of {record}"
-            if not any(name.endswith("/data.pkl") for name in archive.namelist()):
-                return "not a checkpoint"
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError, zlib.error):
-        return "empty" if path.stat().st_size == 0 else "cut off or overwritten"
-    except OSError as error:
-        return error.strerror or str(error)
     return None
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import pickle
-import re
 import secrets
 import shutil
 import sys
@@ -19,15 +18,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from callbacks.checkpoint_files import damage, find_whole_checkpoint
+from callbacks.checkpoint_files import find_whole_checkpoint
 from callbacks.jsonl import CURVE
-from callbacks.tracking import wandb_mode
+from segtrain.checkpoints import damage
 from segtrain.config import to_yaml
-from segtrain.errors import UserError, first_line
+from segtrain.errors import UserError
+from segtrain.wandb_checkpoints import CHECKPOINT, WANDB, download_files, parse_address
 
-WANDB = "wandb:"
-CHECKPOINT = "checkpoint.ckpt"  # in an artifact
-_WANDB_RUN = re.compile(r"wandb:([^/:]+)/([^/:]+)/([^/:]+)(?::([^/:]+))?")
 _TIMEOUT = 30  # seconds to wait for the W&B server
 _PATIENCE = 600  # seconds that other ranks wait for the first one to bring a run
 #: What a checkpoint needs to be gone on from.
@@ -172,7 +169,7 @@ def bring_run(source: str, runs: Path, name: str | None) -> tuple[Path, bool]:
     """
     wandb_id: str | None
     if source.startswith(WANDB):
-        wandb_id = _parse(source)[2]
+        wandb_id = parse_address(source, f"resume={source}").run_id
     else:
         wandb_id = (read_checkpoint(Path(source)).get("run") or {}).get("wandb_id")
     for _ in range(_PATIENCE):
@@ -201,7 +198,10 @@ def _fill(folder: Path, source: str, wandb_id: str | None, name: str | None) -> 
     file = folder / "checkpoints" / "last.ckpt"
     file.parent.mkdir()
     if source.startswith(WANDB):
-        _download(source, folder, file)
+        shown = f"resume={source}"
+        address = parse_address(source, shown)
+        download_files(address, folder, [CHECKPOINT, CURVE], shown, _TIMEOUT)
+        (folder / CHECKPOINT).replace(file)
     else:
         shutil.copyfile(source, file)
     content = read_checkpoint(file, check=source.startswith(WANDB))
@@ -263,46 +263,3 @@ def _check_plain(source: str, config: object) -> None:
         raise UserError(f"resume={source}: its configuration holds a {type(config).__name__}")
     elif isinstance(config, str) and "${" in config:
         raise UserError(f"resume={source}: its configuration holds '{config}', which is refused")
-
-
-def _parse(source: str) -> tuple[str, str, str, str]:
-    match = _WANDB_RUN.fullmatch(source)
-    if match is None:
-        raise UserError(f"resume={source}: write wandb:entity/project/RUN_ID[:alias]")
-    entity, project, run_id, alias = match.groups()
-    return entity, project, run_id, alias or "latest"
-
-
-def _download(source: str, folder: Path, file: Path) -> None:
-    """Fetch the checkpoint and the curve that W&B keeps of a run.
-
-    Raises:
-        UserError: there is no account, no way to the server, or no such run or alias.
-    """
-    entity, project, run_id, alias = _parse(source)
-    if wandb_mode("online") != "online":  # W&B would ask for an account on a terminal
-        raise UserError(f"resume={source}: no account configured: set WANDB_API_KEY, wandb login")
-    import wandb
-
-    name = f"{entity}/{project}/checkpoint-{run_id}"
-    try:
-        api = wandb.Api(timeout=_TIMEOUT)
-        if not api.artifact_exists(f"{name}:{alias}", "model"):
-            if not api.artifact_collection_exists(name, "model"):
-                raise UserError(
-                    f"resume={source}: {entity}/{project} has no checkpoint of a run {run_id}"
-                )
-            raise UserError(
-                f"resume={source}: that run has no checkpoint '{alias}': there is latest, best "
-                "and step-N for the steps that were kept"
-            )
-        artifact = api.artifact(f"{name}:{alias}", "model")
-        # These alone: a file of another name has no business in a run folder.
-        present = artifact.manifest.entries
-        for entry in [entry for entry in (CHECKPOINT, CURVE) if entry in present]:
-            artifact.get_entry(entry).download(str(folder), skip_cache=True)
-    except (wandb.errors.Error, OSError) as error:
-        raise UserError(f"resume={source}: Weights & Biases says: {first_line(error)}") from error
-    if not (folder / CHECKPOINT).is_file():
-        raise UserError(f"resume={source}: what W&B keeps there holds no {CHECKPOINT}")
-    (folder / CHECKPOINT).replace(file)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import netrc
 import os
 import secrets
 import shlex
@@ -20,7 +19,6 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 from lightning.pytorch import Trainer
@@ -30,6 +28,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from callbacks.jsonl import JsonLinesLogger
 from segtrain.errors import UserError, did_you_mean, first_line
+from segtrain.wandb_checkpoints import has_account
 
 INIT_TIMEOUT = 30  # seconds to wait for the W&B server
 FINISH_TIMEOUT = 60  # seconds; what is not sent by the end of the process is sent by wandb sync
@@ -121,27 +120,12 @@ def wandb_mode(mode: str) -> str:
     if mode not in MODES:
         raise UserError(f"tracking.mode: there is no mode '{mode}': {did_you_mean(mode, MODES)}")
     if mode == "auto":
-        mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+        mode = os.environ.get("WANDB_MODE") or ("online" if has_account() else "offline")
         mode = {"dryrun": "offline", "run": "online"}.get(mode, mode)
         if mode not in MODES:
             raise UserError(f"WANDB_MODE: there is no mode '{mode}': {did_you_mean(mode, MODES)}")
     # Online without a key, W&B would ask on a terminal and wait.
-    return "offline" if mode == "online" and not _has_key() else mode
-
-
-def _has_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
-    candidates = [os.environ.get("NETRC"), "~/.netrc", "~/_netrc"]
-    for path in (Path(candidate).expanduser() for candidate in candidates if candidate):
-        try:
-            return netrc.netrc(path).authenticators(host) is not None
-        except FileNotFoundError:
-            continue
-        except (netrc.NetrcParseError, OSError):
-            return False
-    return False
+    return "offline" if mode == "online" and not has_account() else mode
 
 
 def _start_wandb(
@@ -169,7 +153,7 @@ def _start_wandb(
     settings = wandb.Settings(
         init_timeout=INIT_TIMEOUT, finish_timeout=FINISH_TIMEOUT, silent=True, console="off"
     )
-    reason = "" if _has_key() else " (no account configured)"
+    reason = "" if has_account() else " (no account configured)"
     run = None
     for attempt in dict.fromkeys([mode, "offline"]):
         try:
