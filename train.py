@@ -270,7 +270,7 @@ def build_module(
         build_criterion(config, network, data_module),
         create_optimizer(**config["optimizer"]),
         PolynomialSchedule(**schedule),
-        Inference(**config["inference"]),
+        Inference(**config["inference"], size_divisor=data_module.size_divisor),
         log_every=config["schedule"]["log_every"],
         compile=config["compile"],
         nonfinite=config["nonfinite"],

@@ -6,16 +6,19 @@ size) is one matrix per axis. The label map is made of these in stripes of rows.
 
 Networks that classify masks have a sigmoid on the way, at the size of the image: there masks are
 upsampled, and classes made of them, for the rows of one stripe at a time.
+
+Scaled and flipped copies of an image (test-time augmentation) are all scored first, at the
+network's own stride, and averaged in the same stripes.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,24 +35,55 @@ IMAGE_STD = (58.395, 57.12, 57.375)
 #: enough to fill the device.
 STRIPE_ELEMENTS = {"cpu": 2**20}
 STRIPE_ELEMENTS_ELSEWHERE = 2**24
-#: The same of stripes that are made of masks. They are higher, as neighbours share rows of masks.
+#: The same of stripes that are made of masks, or of several copies of an image. They are higher, as
+#: what two neighbours both need is computed for each.
 MASK_STRIPE_ELEMENTS = {"cpu": 2**22}
+
+
+class Copy(NamedTuple):
+    """A scaled copy of an image, mirrored or not.
+
+    Attributes:
+        size: (height, width).
+        flipped: whether left is right.
+    """
+
+    size: Grid
+    flipped: bool
+
+    def of(self, images: Tensor) -> Tensor:
+        """(B, 3, h, w) -> (B, 3, *size)."""
+        if images.shape[2:] != self.size:
+            images = F.interpolate(images, self.size, mode="bilinear", align_corners=False)
+        return images.flip(3) if self.flipped else images
 
 
 @dataclass(frozen=True)
 class Inference:
     """How a network is applied to an image, and its scores to the size that is asked for.
 
+    With several ``scales``, or ``flip``, copies of the image are scored in this way, one pass each.
+    Mirrored ones are mirrored back, and probabilities averaged at the size that is asked for: the
+    softmax of scores, as MMSegmentation does, or what masks say, as Mask2Former does, which is made
+    of probabilities already.
+
     Args:
         mode: ``whole`` scores the image at once; ``slide`` scores overlapping windows and averages
             their scores where they overlap; the last window of an axis is shifted inwards.
         window: (height, width) of a window, in pixels.
         stride: (vertical, horizontal) step between windows, in pixels.
+        scales: sides of the copies, times those of the image; bilinear.
+        flip: whether each copy is scored as its mirror image, too.
+        size_divisor: sides of copies at other scales than 1 go up to multiples of it; None rounds
+            them.
     """
 
     mode: Literal["whole", "slide"] = "whole"
     window: Sequence[int] = (1024, 1024)
     stride: Sequence[int] = (768, 768)
+    scales: Sequence[float] = (1.0,)
+    flip: bool = False
+    size_divisor: int | None = None
 
     def __call__(self, network: nn.Module, images: Tensor, size: Sequence[int]) -> Tensor:
         """Predicted classes.
@@ -78,13 +112,51 @@ class Inference:
     def score_stripes(
         self, network: nn.Module, images: Tensor, size: Sequence[int]
     ) -> Iterator[Tensor]:
-        """Scores at the asked size, (B, K, rows, W) at a time from top to bottom, float32."""
+        """Scores at the asked size, (B, K, rows, W) at a time from top to bottom, float32.
+
+        Those of several copies are the mean of their probabilities.
+        """
+        image_size = images.shape[2], images.shape[3]
+        copies = self.copies(image_size)
+        if copies == [Copy(image_size, flipped=False)]:
+            scores = self._score(network, images, size)
+            for top in range(0, size[0], scores.step):
+                yield scores.stripe(slice(top, min(top + scores.step, size[0])))
+            return
+        several = [self._score(network, copy.of(images), size, widen=False) for copy in copies]
+        step = min(scores.step for scores in several)
+        are_logits = getattr(network, "mask_stride", None) is None
+        for top in range(0, size[0], step):
+            total: Tensor | None = None
+            for copy, scores in zip(copies, several, strict=True):
+                stripe = scores.stripe(slice(top, min(top + step, size[0])))
+                stripe = stripe.softmax(dim=1) if are_logits else stripe
+                stripe = stripe.flip(3) if copy.flipped else stripe
+                total = stripe if total is None else total.add_(stripe)
+            assert total is not None
+            yield total.div_(len(copies))
+
+    def copies(self, size: Grid) -> list[Copy]:
+        """The copies that are scored of an image of (height, width), by scale, unmirrored first."""
+        sizes = [
+            size if scale == 1 else scaled_size(size, scale, self.size_divisor)
+            for scale in self.scales
+        ]
+        return [Copy(each, flip) for each in sizes for flip in (False, True)[: 1 + self.flip]]
+
+    def _score(
+        self, network: nn.Module, images: Tensor, size: Sequence[int], widen: bool = True
+    ) -> WindowScores | MaskScores:
+        """One pass over images.
+
+        Args:
+            widen: windows to the width of the labels at once: less work, but more to hold.
+        """
         height, width = images.shape[2:]
         mask_stride = getattr(network, "mask_stride", None)
         if self.mode == "whole" and mask_stride is not None:
             prediction = network.masks(images)  # type: ignore[operator]
-            yield from score_mask_stripes(prediction, mask_stride, (height, width), size)
-            return
+            return MaskScores(prediction, mask_stride, (height, width), size)
         if self.mode == "whole":
             tops, lefts, window = [0], [0], (height, width)
         else:
@@ -92,22 +164,19 @@ class Inference:
             tops = window_offsets(height, window[0], self.stride[0])
             lefts = window_offsets(width, window[1], self.stride[1])
 
-        bands: list[Tensor] = []
+        bands: list[_Band] = []
         for top in tops:
-            band = None
+            band = _Band([])
             for j, left in enumerate(lefts):
                 crop = images[:, :, top : top + window[0], left : left + window[1]]
-                scores = network(crop).float()
-                with full_precision(scores.device):
-                    columns = axis_matrices(
-                        scores.shape[3], window[1], tuple(lefts), width, size[1]
-                    )
-                    widened = scores @ columns[j].to(scores).T
-                band = widened if band is None else band + widened
-            assert band is not None
-            bands.append(band)
-        rows = axis_matrices(bands[0].shape[2], window[0], tuple(tops), height, size[0])
-        yield from _stripes(rows, bands)
+                scores = network(crop)
+                columns = axis_matrices(scores.shape[3], window[1], tuple(lefts), width, size[1])
+                band.windows.append((scores, columns[j].to(scores.device)))
+            bands.append(_Band([(band.read(slice(None)), None)]) if widen else band)
+        height_of_scores = bands[0].windows[0][0].shape[2]
+        rows = axis_matrices(height_of_scores, window[0], tuple(tops), height, size[0])
+        elements = STRIPE_ELEMENTS if widen else MASK_STRIPE_ELEMENTS
+        return WindowScores(rows, bands, size[1], elements)
 
 
 def keep_ratio_size(size: Sequence[int], scale: Sequence[int]) -> Grid:
@@ -136,6 +205,12 @@ def evaluation_sizes(
             (-(-height // size_divisor) * size_divisor, -(-width // size_divisor) * size_divisor)
         )
     return sizes
+
+
+def scaled_size(size: Sequence[int], scale: float, size_divisor: int | None) -> Grid:
+    """(height, width) of a copy of an image at another scale."""
+    height, width = (max(1, int(side * scale + 0.5)) for side in size)
+    return [(height, width), *evaluation_sizes((height, width), None, size_divisor)][-1]
 
 
 def window_offsets(length: int, window: int, stride: int) -> list[int]:
@@ -174,10 +249,8 @@ def axis_matrices(
     return [to_target[:, offset : offset + window] @ upsample for offset in offsets]
 
 
-def score_mask_stripes(
-    prediction: MaskPrediction, stride: int, image_size: Sequence[int], size: Sequence[int]
-) -> Iterator[Tensor]:
-    """Scores of classes at the asked size, made of masks, a few rows at a time.
+class MaskScores:
+    """Scores of classes that are made of masks, a few rows at a time.
 
     The score of a class is the sum over the queries of its probability times that of the pixel to
     be in the query's mask, at the size of the image (Mask2Former, 2112.01527, by MaskFormer's
@@ -189,35 +262,113 @@ def score_mask_stripes(
         image_size: (height, width) of the images before padding.
         size: (H, W) of the labels.
 
-    Yields:
-        (B, K, rows, W) from top to bottom, float32.
+    Attributes:
+        step: how many rows to make at a time.
     """
-    masks = prediction.masks.float()
-    classes = prediction.classes.float().softmax(dim=2)[:, :, :-1].transpose(1, 2).contiguous()
-    batch, queries, mask_height, mask_width = masks.shape
-    height, width = image_size
-    upsample = interpolation_matrix(mask_height, mask_height * stride)[:height]
-    resize = None if size[0] == height else interpolation_matrix(height, size[0])
 
-    kinds = max(queries, classes.shape[1])
-    elements = MASK_STRIPE_ELEMENTS.get(masks.device.type, STRIPE_ELEMENTS_ELSEWHERE)
-    # Rows of the image count where labels are smaller than it.
-    longest = max(width, size[1]) * max(1.0, height / size[0])
-    step = max(1, int(elements / (batch * kinds * longest)))
-    for top in range(0, size[0], step):
-        rows = slice(top, min(top + step, size[0]))
-        if resize is not None:
-            weights, rows = used_columns(resize[rows])
-        upsample_rows, mask_rows = used_columns(upsample[rows])
+    def __init__(
+        self,
+        prediction: MaskPrediction,
+        stride: int,
+        image_size: Sequence[int],
+        size: Sequence[int],
+    ) -> None:
+        self._masks = prediction.masks.float()
+        classes = prediction.classes.float().softmax(dim=2)[:, :, :-1]
+        self._classes = classes.transpose(1, 2).contiguous()
+        batch, queries, mask_height, mask_width = self._masks.shape
+        height, self._width = image_size
+        self._padded_width = mask_width * stride
+        self._final_width = size[1]
+        self._upsample = interpolation_matrix(mask_height, mask_height * stride)[:height]
+        self._resize = None if size[0] == height else interpolation_matrix(height, size[0])
+
+        kinds = max(queries, self._classes.shape[1])
+        elements = MASK_STRIPE_ELEMENTS.get(self._masks.device.type, STRIPE_ELEMENTS_ELSEWHERE)
+        # Rows of the image count where labels are smaller than it.
+        longest = max(self._width, size[1]) * max(1.0, height / size[0])
+        self.step = max(1, int(elements / (batch * kinds * longest)))
+
+    def stripe(self, rows: slice) -> Tensor:
+        """(B, K, n, W) float32 of n rows of the labels."""
+        if self._resize is not None:
+            weights, rows = used_columns(self._resize[rows])
+        upsample, mask_rows = used_columns(self._upsample[rows])
+        masks = self._masks[:, :, mask_rows]
         with full_precision(masks.device):
-            here = upsample_rows.to(masks) @ masks[:, :, mask_rows]
+            here = upsample.to(masks) @ masks
             # Rows stay as many, so that this interpolates the columns alone.
-            here = _resize_columns(here, mask_width * stride)[..., :width].sigmoid()
-            stripe = (classes @ here.flatten(2)).unflatten(2, here.shape[2:])
-            stripe = _resize_columns(stripe, size[1])
-            if resize is not None:
-                stripe = weights.to(stripe) @ stripe
-        yield stripe
+            here = _resize_columns(here, self._padded_width)[..., : self._width].sigmoid()
+            stripe = (self._classes @ here.flatten(2)).unflatten(2, here.shape[2:])
+            stripe = _resize_columns(stripe, self._final_width)
+            return stripe if self._resize is None else weights.to(stripe) @ stripe
+
+
+class WindowScores:
+    """Scores of windows at the size of the labels, a few rows at a time.
+
+    Args:
+        rows: a (H, h) matrix for each band.
+        bands: of windows side by side, from top to bottom.
+        width: W of the labels.
+        elements: of a stripe, by the type of the device.
+
+    Attributes:
+        step: how many rows to make at a time.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Tensor],
+        bands: Sequence[_Band],
+        width: int,
+        elements: Mapping[str, int],
+    ) -> None:
+        self._rows = rows
+        self._bands = bands
+        self._width = width
+        scores = bands[0].windows[0][0]
+        self._device = scores.device
+        self._batch, self._classes = scores.shape[:2]
+        elements_here = elements.get(scores.device.type, STRIPE_ELEMENTS_ELSEWHERE)
+        self.step = max(1, elements_here // (self._batch * self._classes * width))
+
+    def stripe(self, rows: slice) -> Tensor:
+        """(B, K, n, W) float32 of n rows.
+
+        A few rows of scores reach them (the matrices are banded); only these are multiplied.
+        """
+        shape = self._batch, self._classes, rows.stop - rows.start, self._width
+        stripe = torch.zeros(shape, device=self._device)
+        for matrix, band in zip(self._rows, self._bands, strict=True):
+            weights = matrix[rows]
+            if weights.any():
+                weights, used = used_columns(weights)
+                scores = band.read(used)
+                with full_precision(self._device):
+                    stripe += weights.to(scores) @ scores
+        return stripe
+
+
+class _Band(NamedTuple):
+    """Windows side by side: their scores (B, K, h, w), and what widens these to the labels.
+
+    That is a (W, w) matrix, on the scores' device; None where they are widened already.
+    """
+
+    windows: list[tuple[Tensor, Tensor | None]]
+
+    def read(self, rows: slice) -> Tensor:
+        """(B, K, n, W) float32 of n of the h rows, summed over the windows."""
+        total: Tensor | None = None
+        for scores, columns in self.windows:
+            here = scores[:, :, rows].float()
+            if columns is not None:
+                with full_precision(here.device):
+                    here = here @ columns.T
+            total = here if total is None else total + here
+        assert total is not None
+        return total
 
 
 def used_columns(matrix: Tensor) -> tuple[Tensor, slice]:
@@ -233,27 +384,6 @@ def _resize_columns(features: Tensor, width: int) -> Tensor:
         return features
     size = (features.shape[2], width)
     return F.interpolate(features, size=size, mode="bilinear", align_corners=False)
-
-
-def _stripes(rows: Sequence[Tensor], bands: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Sum of ``rows[i] @ bands[i]`` in stripes of output rows.
-
-    A few rows of scores reach a stripe (the matrices are banded); only these are multiplied.
-    """
-    batch, classes, _, width = bands[0].shape
-    target = rows[0].shape[0]
-    elements = STRIPE_ELEMENTS.get(bands[0].device.type, STRIPE_ELEMENTS_ELSEWHERE)
-    step = max(1, elements // (batch * classes * width))
-    for top in range(0, target, step):
-        stripe = bands[0].new_zeros(batch, classes, min(step, target - top), width)
-        for matrix, band in zip(rows, bands, strict=True):
-            weights = matrix[top : top + step]
-            used = weights.any(dim=0).nonzero()
-            if len(used):
-                first, last = int(used[0]), int(used[-1]) + 1
-                with full_precision(band.device):
-                    stripe += weights[:, first:last].to(band) @ band[:, :, first:last]
-        yield stripe
 
 
 @contextmanager

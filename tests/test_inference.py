@@ -154,3 +154,102 @@ def test_masks_never_become_classes_at_full_size():
         for stripe in itertools.islice(stripes, 10):
             stripe.max(dim=1)
     assert meter.peak_bytes < 200e6
+
+
+class MaskScores(torch.nn.Module):
+    """Masks at stride 4, of images that it pads to multiples of 32."""
+
+    mask_stride = 4
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = torch.nn.Conv2d(3, 9, 4, 4)
+        self.classes = torch.nn.Linear(9, 6)
+
+    def masks(self, images):
+        height, width = images.shape[2:]
+        padded = F.pad(images, (0, -width % 32, 0, -height % 32))
+        masks = 5 * self.convolution(padded)
+        return MaskPrediction(self.classes(F.adaptive_avg_pool2d(masks, 3).flatten(2)), masks)
+
+
+def whole(network, images, size):
+    return resize(resize(network(images), images.shape[2:]), size).softmax(dim=1)
+
+
+def slide(network, images, size):
+    """Windows of 32x32, 24 apart."""
+    height, width = images.shape[2:]
+    total, count = torch.zeros(len(images), 5, height, width), torch.zeros(height, width)
+    for top in window_offsets(height, min(32, height), 24):
+        for left in window_offsets(width, min(32, width), 24):
+            crop = images[:, :, top : top + 32, left : left + 32]
+            here = slice(top, top + 32), slice(left, left + 32)
+            total[:, :, *here] += resize(network(crop), crop.shape[2:])
+            count[here] += 1
+    return resize(total / count, size).softmax(dim=1)
+
+
+def masked(network, images, size):
+    return score_plainly(Masks(*network.masks(images)), images.shape[2:], size)
+
+
+@pytest.mark.parametrize(
+    ("network", "score", "mode"),
+    [(Scores(), whole, "whole"), (Scores(), slide, "slide"), (MaskScores(), masked, "whole")],
+    ids=["whole", "slide", "masks"],
+)
+@torch.inference_mode()
+def test_copies_are_averaged_as_probabilities(network, score, mode, monkeypatch):
+    monkeypatch.setitem(inference.MASK_STRIPE_ELEMENTS, "cpu", 5000)
+    images, size = torch.randn(2, 3, 52, 76), (60, 71)
+    total = torch.zeros(2, 5, *size)
+    for copy in ((26, 38), (52, 76), (78, 114)):
+        scaled = resize(images, copy)
+        total += score(network, scaled, size)
+        total += score(network, scaled.flip(3), size).flip(3)
+    augmented = Inference(mode, (32, 32), (24, 24), scales=[0.5, 1.0, 1.5], flip=True)
+    stripes = list(augmented.score_stripes(network, images, size))
+    assert len(stripes) > 3
+    torch.testing.assert_close(torch.cat(stripes, dim=2), total / 6, atol=1e-5, rtol=0)
+    prediction = augmented(network, images, size)
+    assert (prediction == total.argmax(dim=1)).float().mean() > 0.999
+
+
+@torch.inference_mode()
+def test_the_image_alone_is_scored_as_it_is():
+    seen = []
+
+    class Seeing(Scores):
+        def forward(self, images):
+            seen.append(images)
+            return super().forward(images)
+
+    images = torch.randn(1, 3, 64, 96)
+    Inference(scales=[1.0], flip=False, size_divisor=32)(Seeing(), images, (64, 96))
+    Inference(scales=[1.0], flip=True)(Seeing(), images, (64, 96))
+    assert len(seen) == 3
+    assert seen[0].data_ptr() == seen[1].data_ptr() == images.data_ptr()
+    assert torch.equal(seen[2], images.flip(3))
+
+
+def test_sizes_of_copies():
+    scales = [0.5, 0.75, 1.0, 1.25]
+    sizes = [copy.size for copy in Inference(scales=scales).copies((333, 500))]
+    assert sizes == [(167, 250), (250, 375), (333, 500), (416, 625)]
+    augmented = Inference(scales=[0.75, 1.0], flip=True, size_divisor=32)
+    copies = augmented.copies((512, 704))
+    assert copies == [((384, 544), False), ((384, 544), True), ((512, 704), False),
+                      ((512, 704), True)]  # fmt: skip
+
+
+@torch.inference_mode()
+def test_copies_never_become_classes_at_full_size():
+    """150 classes at 1024 x 2048 would be 1.2 GB, four times."""
+    network, images = Scores(150), torch.zeros(1, 3, 256, 512)
+    augmented = Inference(scales=[0.5, 1.0], flip=True)
+    with _Meter({}, []) as meter:
+        stripes = augmented.score_stripes(network, images, (1024, 2048))
+        for stripe in itertools.islice(stripes, 5):
+            assert stripe.numel() <= inference.MASK_STRIPE_ELEMENTS["cpu"]
+    assert meter.peak_bytes < 120e6

@@ -67,6 +67,7 @@ POSITIVE = (
     "data.batch_size",
     "data.eval_batch_size",
     "data.scale_step",
+    "inference.scales",
     "optimizer.learning_rate",
     "schedule.log_every",
     "schedule.steps",
@@ -143,5 +144,8 @@ def check_values(values: dict[str, Any]) -> None:
             raise UserError(f"'{key}' cannot be '{value}': {did_you_mean(value, words)}")
     for key in POSITIVE:
         value = values.get(key)
-        if value is not None and value <= 0:
-            raise UserError(f"'{key}' must be greater than 0, got {value}")
+        if isinstance(value, list) and not value:
+            raise UserError(f"'{key}' needs at least one number")
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and number <= 0:
+                raise UserError(f"'{key}' must be greater than 0, got {number}")

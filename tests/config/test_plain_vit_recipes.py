@@ -134,7 +134,7 @@ def test_published_values(name):
     else:
         step = int(stride)
         inference = {"mode": "slide", "window": [side, side], "stride": [step, step]}
-        assert composed["inference"] == inference
+        assert composed["inference"] == inference | {"scales": [1.0], "flip": False}
     trainer = {
         "precision": "32-true",
         "gradient_clip_val": 35.0 if model.startswith("segvit") else None,

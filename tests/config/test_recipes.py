@@ -157,6 +157,8 @@ def check_what_the_papers_share(composed, model, data, side, batch_size):
         "mode": "slide" if cityscapes else "whole",
         "window": [1024, 1024],
         "stride": [768, 768],
+        "scales": [1.0],
+        "flip": False,
     }
     trainer = {"sync_batchnorm": True, "precision": "32-true", "gradient_clip_val": None}
     assert trainer.items() <= composed["trainer"].items()
