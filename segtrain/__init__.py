@@ -12,13 +12,16 @@ if TYPE_CHECKING:
     from segtrain.cost import Cost, measure_cost
     from segtrain.errors import UserError
     from segtrain.networks import Network, create_network, list_networks
+    from segtrain.trained import TrainedNetwork, from_run
     from segtrain.weights import load_weights
 
 _HOME = {
     "Cost": "segtrain.cost",
     "Network": "segtrain.networks",
+    "TrainedNetwork": "segtrain.trained",
     "UserError": "segtrain.errors",
     "create_network": "segtrain.networks",
+    "from_run": "segtrain.trained",
     "list_networks": "segtrain.networks",
     "load_weights": "segtrain.weights",
     "measure_cost": "segtrain.cost",
@@ -27,8 +30,10 @@ _HOME = {
 __all__ = [
     "Cost",
     "Network",
+    "TrainedNetwork",
     "UserError",
     "create_network",
+    "from_run",
     "list_networks",
     "load_weights",
     "measure_cost",
