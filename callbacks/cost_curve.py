@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from callbacks.confusion import CONFUSION, Confusion, write_confusion
 from callbacks.jsonl import CURVE, append_rows, read_rows
 from callbacks.setting_costs import SettingCosts
 from callbacks.tracking import wandb_errors_as_warnings, wandb_runs
@@ -34,10 +35,11 @@ class CostCurve(Callback):
     It reads no data of its own, but for the few images that a cost may depend on. The module has
     scored the batch at its own setting, the training setting of a run that trains; this callback
     reuses that prediction and adds one forward pass for each other setting. A validation ends in
-    one row per setting, in ``curve.jsonl``, in ``rows`` and in every tracker.
+    one row per setting, in ``curve.jsonl``, in ``rows`` and in every tracker; the counts of which
+    class is taken for which are kept of the newest one alone, in ``confusion.npz``.
 
     Args:
-        run_folder: where ``curve.jsonl`` is written.
+        run_folder: where ``curve.jsonl`` and ``confusion.npz`` are written.
         settings: names of the network's settings, plain values of others, or
             ``{"budget_gmacs": 40}``: before every validation, a threshold is chosen by which images
             cost that on average. None takes all settings that the network publishes. The module's
@@ -163,6 +165,9 @@ class CostCurve(Callback):
         rows = self._new_rows(trainer, matrix, images)
         self.rows += rows
         append_rows(self.run_folder / CURVE, rows)
+        names = [setting.name for setting in self._settings]
+        confusion = Confusion(trainer.global_step, names, self._data.class_names, matrix.numpy())
+        write_confusion(self.run_folder / CONFUSION, confusion)
         log_metrics(trainer, _scalars(rows))
         self._log_charts(trainer)
 
