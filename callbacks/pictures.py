@@ -1,7 +1,8 @@
-"""A few fixed validation images: image, label and the prediction at two settings."""
+"""A few fixed validation images: image, label and the prediction under every setting."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
+from PIL import Image
 from torch import Tensor
 
 from callbacks.cost_curve import resolve_settings
@@ -20,33 +22,43 @@ from segtrain import UserError
 from segtrain.inference import IMAGE_MEAN, IMAGE_STD
 from segtrain.training import SegmentationModule
 
-PANEL_WIDTH = 400
-CAPTION_HEIGHT = 22
-GAP = 4
+PREDICTIONS, INDEX = "predictions", "index.json"
+
+#: Pictures are no longer than this on either side; label maps that are smaller stay as they are.
+LONGEST_SIDE = 400
+#: Of pixels that do not count.
+IGNORED = 255
 
 
 class Pictures(Callback):
-    """Writes ``predictions/<image name>.png``, and the same as mask overlays to W&B.
+    """Writes ``predictions/``: ``NAME.jpg`` is an image, ``NAME.png`` its label maps.
 
-    The images are spread over the validation set (over the part that rank zero reads) and stay
-    the same; each validation replaces the files of the one before.
+    The PNG holds classes with their colours: the label on top, below it the prediction under each
+    setting, in the order that ``index.json`` tells. The images are spread over the validation set
+    (over the part that rank zero reads) and stay the same; each validation replaces the files of
+    the one before. W&B gets them as mask overlays, with the first and the last of the settings.
 
     Args:
         run_folder: where ``predictions/`` is.
         count: number of images.
-        settings: two settings of the network; None takes the training setting and the last one
-            that the network publishes, its most reduced.
+        settings: settings of the network; None takes the training setting and all that the
+            network publishes. Each takes a forward pass for each of the images.
     """
 
     def __init__(
-        self, run_folder: Path, count: int = 4, settings: Sequence[Any] | None = None
+        self, run_folder: Path, count: int = 8, settings: Sequence[Any] | None = None
     ) -> None:
-        if count < 1 or (settings is not None and len(settings) != 2):
-            raise UserError("callbacks.pictures: 'count' is at least 1, 'settings' are two")
-        self.folder = Path(run_folder) / "predictions"
+        if count < 1 or settings == []:
+            raise UserError("callbacks.pictures: 'count' and the number of 'settings' are >= 1")
+        self.folder = Path(run_folder) / PREDICTIONS
         self.count = count
         self.chosen = settings
-        self._shown: list[tuple[np.ndarray, dict[str, np.ndarray], str]] = []
+        self._start()
+
+    def _start(self) -> None:
+        self._wanted: set[int] = set()
+        self._overlays: list[tuple[np.ndarray, dict[str, np.ndarray], str]] = []
+        self._files: dict[str, str] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Resolve the settings.
@@ -57,13 +69,12 @@ class Pictures(Callback):
         self._data: Any = trainer.datamodule  # type: ignore[attr-defined]
         self._module = cast(SegmentationModule, pl_module)
         network = self._module.network
-        chosen = self.chosen or (network.training_setting, list(network.settings.values())[-1])
+        chosen = self.chosen or (network.training_setting, *network.settings.values())
         self._settings = resolve_settings(network, chosen, "callbacks.pictures.settings")
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the images."""
-        self._shown = []
-        self._wanted: set[int] = set()
+        self._start()
         if trainer.is_global_zero and not trainer.sanity_checking:
             loader: Any = trainer.val_dataloaders
             ranks = trainer.world_size
@@ -82,16 +93,31 @@ class Pictures(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Draw the chosen images of this batch."""
+        """Predict and write the chosen images of this batch."""
         for row, index in enumerate(batch["index"].tolist()):
             if index in self._wanted:
                 one = {key: batch[key][row : row + 1] for key in ("image", "mask", "name")}
                 self._show(trainer, one)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Send the pictures to W&B."""
-        names = dict(enumerate(self._data.class_names)) | {255: "ignored"}
-        for run in wandb_runs(trainer) if self._shown else []:
+        """Write the index of the pictures, and send them to W&B."""
+        if not self._files:
+            return
+        index = {
+            "step": trainer.global_step,
+            "settings": [setting.name for setting in self._settings],
+            "classes": list(self._data.class_names),
+            "palette": np.asarray(self._data.palette).tolist(),
+            "images": [{"file": file, "name": name} for file, name in self._files.items()],
+        }
+        temporary = self.folder / f".{INDEX}.writing"
+        temporary.write_text(json.dumps(index), encoding="utf-8")
+        temporary.replace(self.folder / INDEX)
+        self._log_overlays(trainer)
+
+    def _log_overlays(self, trainer: Trainer) -> None:
+        names = dict(enumerate(self._data.class_names)) | {IGNORED: "ignored"}
+        for run in wandb_runs(trainer):
             import wandb
 
             with wandb_errors_as_warnings("pictures"):
@@ -104,30 +130,45 @@ class Pictures(Callback):
                             for title, mask in masks.items()
                         },
                     )
-                    for image, masks, name in self._shown
+                    for image, masks, name in self._overlays
                 ]
                 run.log({"predictions": images, "trainer/global_step": trainer.global_step})
+        self._overlays = []
 
     def _show(self, trainer: Trainer, one: Mapping[str, Any]) -> None:
-        masks = {"label": one["mask"][0]}
+        name, label = one["name"][0], one["mask"][0]
+        label = label.masked_fill(label == self._module.confusion.ignore_index, IGNORED)
+        size = _size_within(label.shape, LONGEST_SIDE)
+        maps = {"label": _shrink(label, size)}
         for setting in self._settings:
             with trainer.precision_plugin.val_step_context():
-                masks[setting.name] = self._module.predict(one, setting)[0]
-        height, width = masks["label"].shape
-        size = (max(1, round(height * PANEL_WIDTH / width)), PANEL_WIDTH)
+                maps[setting.name] = _shrink(self._module.predict(one, setting)[0], size)
         image = _displayable(one["image"], size)
-        small = {title: _shrink(mask, size) for title, mask in masks.items()}
-        name = one["name"][0]
-        self._shown.append((image, small, name))
-        palette = np.zeros((256, 3), np.uint8)  # ignored pixels are black
-        palette[: len(self._data.palette)] = self._data.palette
-        panels = {f"step {trainer.global_step}": image}
-        panels |= {title: palette[mask] for title, mask in small.items()}
+        if wandb_runs(trainer):
+            kept = ("label", self._settings[0].name, self._settings[-1].name)
+            self._overlays.append((image, {title: maps[title] for title in kept}, name))
+        self._write(name, image, np.vstack(list(maps.values())))
+
+    def _write(self, name: str, image: np.ndarray, maps: np.ndarray) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}.png"
-        written, encoded = cv2.imencode(".png", _side_by_side(panels)[..., ::-1])
+        file = re.sub(r"[^A-Za-z0-9._-]+", "_", name)
+        self._files[file] = name
+        written, encoded = cv2.imencode(
+            ".jpg", np.ascontiguousarray(image[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, 88]
+        )
         assert written
-        path.write_bytes(encoded.tobytes())
+        (self.folder / f"{file}.jpg").write_bytes(encoded.tobytes())
+        colors = np.zeros((256, 3), np.uint8)  # ignored pixels are black
+        colors[: len(self._data.palette)] = self._data.palette
+        picture = Image.fromarray(maps, mode="P")
+        picture.putpalette(colors.tobytes())
+        picture.save(self.folder / f"{file}.png")
+
+
+def _size_within(size: Sequence[int], longest: int) -> tuple[int, int]:
+    """(height, width) of the same shape with no side longer than that, never enlarged."""
+    factor = min(1.0, longest / max(size))
+    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
 
 
 def _displayable(images: Tensor, size: tuple[int, int]) -> np.ndarray:
@@ -148,19 +189,3 @@ def _shrink(mask: Tensor, size: tuple[int, int]) -> np.ndarray:
         .cpu()
         .numpy()
     )
-
-
-def _side_by_side(panels: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Panels (H, W, 3) under their captions, next to each other."""
-    columns = []
-    for title, panel in panels.items():
-        caption = np.full((CAPTION_HEIGHT, panel.shape[1], 3), 255, np.uint8)
-        origin = (4, CAPTION_HEIGHT - 7)
-        cv2.putText(
-            caption, title, origin, cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA
-        )
-        columns += [
-            np.vstack([caption, panel]),
-            np.full((CAPTION_HEIGHT + len(panel), GAP, 3), 255, np.uint8),
-        ]
-    return np.hstack(columns[:-1])

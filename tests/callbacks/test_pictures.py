@@ -1,64 +1,88 @@
 from __future__ import annotations
 
+import json
+
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
-from callbacks.pictures import CAPTION_HEIGHT, GAP, PANEL_WIDTH, Pictures
+from callbacks.pictures import LONGEST_SIDE, Pictures, _size_within
 from segtrain import UserError
+from segtrain.training import SegmentationModule
 from tests.callbacks.tiny import SETTINGS, TinyData, create_module, create_trainer
 
 
-def panels(path):
-    picture = cv2.imread(str(path))[CAPTION_HEIGHT:, :, ::-1]
-    return [picture[:, i * (PANEL_WIDTH + GAP) :][:, :PANEL_WIDTH] for i in range(4)]
-
-
-def test_pictures_show_image_label_and_both_predictions(tmp_path):
+def test_pictures_show_image_label_and_predictions(tmp_path):
     module, data = create_module(), TinyData()
     create_trainer([Pictures(tmp_path, 3, ["full", "isr_2222_222"])]).validate(module, data)
-    names = sorted(path.name for path in (tmp_path / "predictions").iterdir())
-    assert names == ["image_0.png", "image_3.png", "image_6.png"]  # spread over the set
+    folder = tmp_path / "predictions"
+    names = ["image_0", "image_3", "image_6"]  # spread over the set
+    files = [f"{name}.{kind}" for name in names for kind in ("jpg", "png")]
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*files, "index.json"])
+    index = json.loads((folder / "index.json").read_text())
+    assert index["settings"] == ["full", "isr_2222_222"]
+    assert index["classes"] == list(data.class_names)
+    assert index["images"][1] == {"file": "image_3", "name": "image 3"}
 
-    image, label, *predictions = panels(tmp_path / "predictions" / "image_3.png")
     sample = data.val[3]
-    rows = (np.arange(len(label)) + 0.5) * 64 / len(label)
-    columns = (np.arange(PANEL_WIDTH) + 0.5) * 96 / PANEL_WIDTH
-    at = np.ix_(rows.astype(int), columns.astype(int))
-    palette = np.zeros((256, 3), np.uint8)
-    palette[:4] = data.palette
-    np.testing.assert_array_equal(label, palette[sample["mask"][at]])
-    whole = cv2.resize(sample["image"], (PANEL_WIDTH, len(label)), interpolation=cv2.INTER_LINEAR)
-    assert np.abs(image.astype(float) - whole).mean() < 3
+    picture = Image.open(folder / "image_3.png")
+    label, *predictions = np.asarray(picture).reshape(3, *sample["mask"].shape)
+    np.testing.assert_array_equal(label, sample["mask"])  # small ones stay as they are
+    palette = np.array(picture.getpalette()).reshape(-1, 3)
+    np.testing.assert_array_equal(palette[: len(data.palette)], data.palette)
+    assert not palette[255:].any()
+    image = cv2.imread(str(folder / "image_3.jpg"))[..., ::-1]
+    whole = cv2.resize(sample["image"], image.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+    assert np.abs(cv2.blur(image, (5, 5)).astype(float) - cv2.blur(whole, (5, 5))).mean() < 4
 
     module.eval()
-    for setting, panel in zip(("full", "isr_2222_222"), predictions, strict=True):
+    for setting, shown in zip(("full", "isr_2222_222"), predictions, strict=True):
         loader = data.val_dataloader()
         batch = next(data.on_after_batch_transfer(b, 0) for b in loader if 3 in b["index"])
         row = batch["index"].tolist().index(3)
         prediction = module.predict(batch, setting)[row].numpy()
-        same = (panel == palette[prediction[at]]).all(axis=-1)
-        assert same.mean() > 0.99
+        assert (shown == prediction).mean() > 0.99
 
 
-def test_settings_default_to_the_training_one_and_the_most_reduced(tmp_path):
+def test_large_images_are_made_smaller():
+    assert _size_within((1024, 2048), LONGEST_SIDE) == (200, 400)
+    assert _size_within((2048, 1024), LONGEST_SIDE) == (400, 200)
+    assert _size_within((64, 96), LONGEST_SIDE) == (64, 96)
+    assert _size_within((1, 9000), LONGEST_SIDE) == (1, 400)
+
+
+def test_another_label_may_be_the_one_that_counts_nowhere(tmp_path):
+    usual, data = create_module(), TinyData()
+    data.val.masks = np.where(data.val.masks == 255, -1, data.val.masks.astype(np.int64))
+    module = SegmentationModule(
+        usual.network, usual.criterion, usual.optimizer, usual.schedule, ignore_index=-1
+    )
+    create_trainer([Pictures(tmp_path, 1, ["full"])]).validate(module, data)
+    label = np.asarray(Image.open(tmp_path / "predictions" / "image_0.png"))[:64]
+    np.testing.assert_array_equal(label == 255, data.val.masks[0] == -1)
+
+
+def test_settings_default_to_all(tmp_path):
     module, pictures = create_module(), Pictures(tmp_path, count=1)
     used = set()
     module.network.register_forward_pre_hook(lambda net, args: used.add(net.setting.name))
     create_trainer([pictures]).validate(module, TinyData())
-    assert used == {"full", SETTINGS[-1]}
+    assert used == set(SETTINGS)
 
 
 def test_more_pictures_than_images(tmp_path):
     create_trainer([Pictures(tmp_path, 50)], limit_val_batches=2).validate(
         create_module(), TinyData()
     )
-    assert len(list((tmp_path / "predictions").iterdir())) == 4
+    assert len(list((tmp_path / "predictions").glob("*.png"))) == 4
 
 
 def test_slips(tmp_path):
-    with pytest.raises(UserError, match="two"):
-        Pictures(tmp_path, settings=["full"])
+    with pytest.raises(UserError, match=">= 1"):
+        Pictures(tmp_path, settings=[])
+    with pytest.raises(UserError, match=">= 1"):
+        Pictures(tmp_path, count=0)
     trainer = create_trainer([Pictures(tmp_path, settings=["full", "ful"])])
     with pytest.raises(UserError, match=r"callbacks\.pictures\.settings.*did you mean 'full'"):
         trainer.validate(create_module(), TinyData())
