@@ -17,6 +17,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 
 import sweep
 import train
+from pages import unpack
 from tuning.page import print_table, write_report
 from tuning.storage import open_storage
 from tuning.study import (
@@ -295,8 +296,7 @@ def test_a_study_keeps_its_parameters(study, configs):
 
 
 def charts_of(page):
-    drawn = page.partition("<script>const charts = ")[2].partition(";\n")[0]
-    return json.loads(drawn)
+    return unpack(re.search('id="data-charts">([^<]*)<', page).group(1))
 
 
 def test_the_page_and_the_table_show_the_front(configs, in_folder, capsys):
