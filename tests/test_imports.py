@@ -10,7 +10,8 @@ import pytest
 #: Package or module -> prefixes that nothing in it may import.
 FORBIDDEN = {
     "segtrain": [
-        *("data", "callbacks", "configs", "tuning", "train", "sweep", "pages"),
+        *("data", "callbacks", "configs", "tuning", "train", "sweep", "pages", "gate"),
+        *("command_line", "evaluate", "predict", "prediction", "export", "report"),
         *("albumentations", "wandb", "plotly", "optuna"),
     ],
     "segtrain/reduction": ["segtrain.networks", "segtrain.training", "lightning"],
