@@ -27,21 +27,28 @@ class Tokens(NamedTuple):
     Attributes:
         values: (S, C).
         positions: (S,) int64, image * N + patch.
-        lengths: tokens of each image; they add up to S.
+        num_images: B, which a graph may leave free.
+        uneven: tokens of each image, which add up to S; None if all have the same number.
     """
 
     values: Tensor
     positions: Tensor
-    lengths: list[int]
+    num_images: int
+    uneven: list[int] | None
 
     @property
     def even(self) -> bool:
         """Whether all images have the same number of tokens."""
-        return len(set(self.lengths)) == 1
+        return self.uneven is None
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each image."""
+        return self.uneven or [self.values.shape[0] // self.num_images] * self.num_images
 
     def rows(self, values: Tensor) -> Tensor:
         """(S, X) -> (B, T, X) if the numbers are the same, (1, S, X) if not."""
-        return values.unflatten(0, (len(self.lengths), -1) if self.even else (1, -1))
+        return values.unflatten(0, (self.num_images if self.even else 1, -1))
 
 
 class Stage(NamedTuple):
@@ -79,9 +86,8 @@ class Head(nn.Module):
 
     def forward(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Class logits (B, K, 2), being there first, and the tokens' mask logits (S, K)."""
-        queries = self.queries.weight.expand(len(tokens.lengths), -1, -1)
-        lengths = None if tokens.even else tokens.lengths
-        queries, masks = self.attention(queries, tokens.rows(tokens.values), lengths)[-1]
+        queries = self.queries.weight.expand(tokens.num_images, -1, -1)
+        queries, masks = self.attention(queries, tokens.rows(tokens.values), tokens.uneven)[-1]
         return self.classifier(queries), masks.transpose(1, 2).flatten(0, 1)
 
 
@@ -185,7 +191,7 @@ class DToP(PlainNetwork):
         values, grid, rotations = self.encoder.embed(images)
         num_images, num_patches = values.shape[:2]
         positions = torch.arange(num_images * num_patches, device=values.device)
-        tokens = Tokens(values.flatten(0, 1), positions, [num_patches] * num_images)
+        tokens = Tokens(values.flatten(0, 1), positions, num_images, None)
         canvas = values.new_zeros(len(positions), self.num_classes)
         starts = (0, *(output + 1 for output in self.outputs))
         for blocks, head, threshold in zip(
@@ -241,9 +247,10 @@ class DToP(PlainNetwork):
 
 def _select(tokens: Tokens, stays: Tensor, image_of: Tensor) -> Tokens:
     """Those tokens that stay; their numbers are all that the device is waited for."""
-    lengths = image_of.new_zeros(len(tokens.lengths)).index_add_(0, image_of, stays.long()).tolist()
+    lengths = image_of.new_zeros(tokens.num_images).index_add_(0, image_of, stays.long()).tolist()
     chosen = stays.logical_not().to(torch.uint8).argsort(stable=True)[: sum(lengths)]
-    return Tokens(tokens.values[chosen], tokens.positions[chosen], lengths)
+    uneven = None if len(set(lengths)) == 1 else lengths
+    return Tokens(tokens.values[chosen], tokens.positions[chosen], tokens.num_images, uneven)
 
 
 def published_settings() -> tuple[EarlyExit, ...]:
