@@ -41,8 +41,11 @@ def small(tmp_path_factory):
 def in_folder(tmp_path, monkeypatch):
     """A folder to run in; what a run leaves in the environment does not reach the next test."""
     monkeypatch.chdir(tmp_path)
-    environment = {name: value for name, value in os.environ.items() if name != run_folder.RUN_NAME}
-    os.environ.pop(run_folder.RUN_NAME, None)
+    # What other tests may have left: W&B's is the process that serves theirs, and knows their runs.
+    foreign = (run_folder.RUN_NAME, "WANDB_SERVICE")
+    environment = {name: value for name, value in os.environ.items() if name not in foreign}
+    for name in foreign:
+        os.environ.pop(name, None)
     yield tmp_path
     os.environ.clear()
     os.environ.update(environment)
