@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from segtrain.config import compose, to_yaml
 from segtrain.config.arguments import parse_arguments
 from segtrain.config.files import read_value
-from segtrain.errors import UserError, did_you_mean
+from segtrain.errors import Stopped, UserError, did_you_mean
 
 if TYPE_CHECKING:
     from segtrain.trained import TrainedNetwork
@@ -44,7 +44,11 @@ class Arguments:
 
 
 def run_command(command: Callable[[list[str]], None], arguments: list[str]) -> int:
-    """Run a command; returns its status: 0, 2 for a user's slip, 130 if interrupted."""
+    """Run a command, and say in a line what ended it early.
+
+    Returns:
+        Its status: 0; 2 for a user's slip; 130 if interrupted; that of `Stopped`.
+    """
     try:
         command(arguments)
     except UserError as error:
@@ -52,6 +56,10 @@ def run_command(command: Callable[[list[str]], None], arguments: list[str]) -> i
             raise
         print(f"segtrain: error: {error}", file=sys.stderr)
         return 2
+    except Stopped as end:
+        if str(end):
+            print(f"segtrain: {end}", file=sys.stderr)
+        return end.status
     except KeyboardInterrupt as interrupt:
         print(f"segtrain: interrupted; {interrupt}".rstrip("; "), file=sys.stderr)
         return 130

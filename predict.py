@@ -63,11 +63,7 @@ def main(arguments: list[str]) -> int:
         Its status: 0; 1 if some pictures could not be labelled; 2 for a user's slip; 130 if
         interrupted.
     """
-    try:
-        return run_command(run, arguments)
-    except Stopped as end:
-        print(f"segtrain: {end}", file=sys.stderr)
-        return end.status
+    return run_command(run, arguments)
 
 
 def run(arguments: list[str]) -> None:

@@ -7,10 +7,10 @@ python report.py runs/A                       # runs/A/report.html
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
+from command_line import run_command
 from segtrain.config.arguments import FLAGS, parse_arguments
 from segtrain.errors import UserError, did_you_mean
 
@@ -26,14 +26,7 @@ usage: report.py RUN [RUN ...] [output=FILE]
 
 def main(arguments: list[str]) -> int:
     """Run the command line; returns its status: 0, 2 for a user's slip."""
-    try:
-        run(arguments)
-    except UserError as error:
-        if os.environ.get("SEGTRAIN_DEBUG"):
-            raise
-        print(f"segtrain: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(run, arguments)
 
 
 def run(arguments: list[str]) -> None:

@@ -7,16 +7,16 @@ python sweep.py sweep=learning_rate engine=wandb
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import train
+from command_line import run_command
 from segtrain.config import to_yaml
 from segtrain.config.arguments import parse_arguments
 from segtrain.config.files import list_choices, read_value
-from segtrain.errors import Stopped, UserError, did_you_mean
+from segtrain.errors import UserError, did_you_mean
 from tuning.sweep_file import Sweep, check_count, check_parameters, read_sweep
 
 ENGINES = ("optuna", "wandb")
@@ -45,17 +45,7 @@ sweeps:
 
 def main(arguments: list[str]) -> int:
     """Run the command line; returns its status: 0, 2 for a user's slip, 128 + signal if stopped."""
-    try:
-        run(arguments)
-    except UserError as error:
-        if os.environ.get("SEGTRAIN_DEBUG"):
-            raise
-        print(f"segtrain: error: {error}", file=sys.stderr)
-        return 2
-    except Stopped as end:
-        print(f"segtrain: {end}", file=sys.stderr)
-        return end.status
-    return 0
+    return run_command(run, arguments)
 
 
 def run(arguments: list[str]) -> None:

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import inspect
 import logging
-import os
 import signal
 import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from command_line import CONFIGS, run_command
 from run_folder import ResumedRun, check_resumed, choose_folder, find_run, taken
 from segtrain.config import (
     ComposedConfig,
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from segtrain.networks import Network
     from segtrain.training import SegmentationModule
 
-CONFIGS = Path(__file__).parent / "configs"
-
 
 def main(arguments: list[str]) -> int:
     """Run the command line.
@@ -46,28 +44,19 @@ def main(arguments: list[str]) -> int:
         128 + N if stopped by the signal N, 138 (SIGUSR1) or 143 (SIGTERM). Of several processes,
         the first one tells.
     """
-    try:
-        with find_run(arguments) as resumed:
-            composed = compose(arguments, CONFIGS, resumed.folder if resumed else None)
-            if composed.show == "help":
-                print(help_text(composed, CONFIGS))
-            elif composed.show == "cfg":
-                print(to_yaml(composed.values), end="")
-            else:
-                run(composed, resumed)
-    except UserError as error:
-        if os.environ.get("SEGTRAIN_DEBUG"):
-            raise
-        print(f"segtrain: error: {error}", file=sys.stderr)
-        return 2
-    except Stopped as end:
-        if str(end):
-            print(f"segtrain: {end}", file=sys.stderr)
-        return end.status
-    except KeyboardInterrupt as interrupt:
-        print(f"segtrain: interrupted; {interrupt}".rstrip("; "), file=sys.stderr)
-        return 130
-    return 0
+    return run_command(compose_and_run, arguments)
+
+
+def compose_and_run(arguments: list[str]) -> None:
+    """Do what the arguments ask for."""
+    with find_run(arguments) as resumed:
+        composed = compose(arguments, CONFIGS, resumed.folder if resumed else None)
+        if composed.show == "help":
+            print(help_text(composed, CONFIGS))
+        elif composed.show == "cfg":
+            print(to_yaml(composed.values), end="")
+        else:
+            run(composed, resumed)
 
 
 def run(composed: ComposedConfig, resumed: ResumedRun | None = None) -> None:
