@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segtrain.networks.blocks import resize
 from segtrain.networks.mask_prediction import MaskPrediction
+from segtrain.training.mask_targets import mean_over_processes
 
 #: Weight of a query whose class is not in the image, in the cross-entropy.
 NO_OBJECT_WEIGHT = 0.1
@@ -71,10 +71,7 @@ class AttentionToMaskLoss(nn.Module):
         present = torch.zeros(len(mask), num_classes + 1, dtype=torch.bool, device=mask.device)
         present = present.scatter_(1, labels, True)[:, :num_classes]
         images, classes = present.nonzero(as_tuple=True)
-        count = present.sum().float()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(count)
-            count = count / torch.distributed.get_world_size()
+        count = mean_over_processes(present.sum().float())
         masks = (labels[images] == classes[:, None]).float()
         return Targets(present, images, classes, masks, count.clamp(min=1))
 

@@ -58,13 +58,14 @@ def targets_of_classes(mask: Tensor, num_classes: int, ignore_index: int) -> Tar
         labels=classes,
         classes=classes,
         counts=counts,
-        divisor=mean_over_processes(sum(counts), mask.device).clamp(min=1),
+        divisor=mean_over_processes(torch.full((), float(sum(counts)), device=mask.device)).clamp(
+            min=1
+        ),
     )
 
 
-def mean_over_processes(count: int, device: torch.device) -> Tensor:
-    """A number of each process, averaged over them."""
-    total = torch.full((), float(count), device=device)
+def mean_over_processes(total: Tensor) -> Tensor:
+    """A number of each process, averaged over them; the tensor itself may change."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(total)
         total = total / torch.distributed.get_world_size()
