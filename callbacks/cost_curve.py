@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from callbacks.confusion import CONFUSION, Confusion, write_confusion
-from callbacks.jsonl import CURVE, append_rows, read_rows
+from callbacks.jsonl import CURVE, append_rows
+from callbacks.scoring import ValidationScoring
 from callbacks.setting_costs import SettingCosts
 from callbacks.tracking import wandb_errors_as_warnings, wandb_runs
 from segtrain import Network, UserError
@@ -29,7 +29,7 @@ from segtrain.training import SegmentationModule, log_metrics
 CHART_ROWS = 10_000  # W&B keeps the first ones of a longer table, and drops the newest
 
 
-class CostCurve(Callback):
+class CostCurve(ValidationScoring):
     """Scores every validation batch under each setting of the network.
 
     It reads no data of its own, but for the few images that a cost may depend on. The module has
@@ -68,22 +68,10 @@ class CostCurve(Callback):
                 "callbacks.cost_curve: 'every', 'limit_batches' and 'cost_images' are at least 1"
             )
         self.run_folder = Path(run_folder)
+        super().__init__(self.run_folder / CURVE, every, limit_batches)
         self.chosen = settings
-        self.every = every
-        self.limit_batches = limit_batches
         self.latency = latency
         self.cost_images = cost_images
-        self.rows: list[dict[str, Any]] = []
-        self._validations = 0
-        self._scoring = False
-
-    def state_dict(self) -> dict[str, Any]:
-        """How many validations there were; the rows are in ``curve.jsonl``."""
-        return {"validations": self._validations}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting validations."""
-        self._validations = state_dict["validations"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Resolve the settings.
@@ -104,25 +92,13 @@ class CostCurve(Callback):
             network.num_classes, len(self._settings), self._module.confusion.ignore_index
         )
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take up the rows of a run that goes on."""
-        if trainer.is_global_zero:
-            self.rows = read_rows(self.run_folder / CURVE)
-
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose thresholds for budgets, measure costs, and start counting from zero.
 
         Raises:
             UserError: a budget is out of reach, and no training would be lost.
         """
-        if not trainer.sanity_checking:
-            self._validations += 1
-        self._scoring = (
-            trainer.sanity_checking
-            or trainer.state.fn is not TrainerFn.FITTING
-            or self._validations % self.every == 0
-            or trainer.global_step == trainer.max_steps
-        )
+        super().on_validation_epoch_start(trainer, pl_module)
         self._images = 0
         self._confusion.reset()
         self._confusion.to(pl_module.device)
@@ -142,9 +118,7 @@ class CostCurve(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Score the batch under every setting."""
-        if not self._scoring or (
-            self.limit_batches is not None and batch_idx >= self.limit_batches
-        ):
+        if not self.is_scored(batch_idx):
             return
         self._images += len(batch["mask"])
         self._confusion.update(outputs["prediction"], batch["mask"], 0)
@@ -164,7 +138,7 @@ class CostCurve(Callback):
             return
         rows = self._new_rows(trainer, matrix, images)
         self.rows += rows
-        append_rows(self.run_folder / CURVE, rows)
+        append_rows(self.file, rows)
         names = [setting.name for setting in self._settings]
         confusion = Confusion(trainer.global_step, names, self._data.class_names, matrix.numpy())
         write_confusion(self.run_folder / CONFUSION, confusion)

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-METRICS, CURVE = "metrics.jsonl", "curve.jsonl"
+METRICS, CURVE, PANOPTIC = "metrics.jsonl", "curve.jsonl", "panoptic.jsonl"
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -105,7 +105,7 @@ class ForgetLostSteps(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the rows up to the step of the loaded checkpoint."""
         if trainer.is_global_zero:
-            for name in (METRICS, CURVE):
+            for name in (METRICS, CURVE, PANOPTIC):
                 drop_rows_after(self.run_folder / name, trainer.global_step)
 
     def on_save_checkpoint(

@@ -7,22 +7,20 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from callbacks.cost_curve import resolve_settings
-from callbacks.jsonl import append_rows, drop_rows_after, read_rows
+from callbacks.jsonl import PANOPTIC, append_rows
+from callbacks.scoring import ValidationScoring
 from segtrain import UserError
 from segtrain.mask_inference import confident_queries, panoptic_inference, resize_masks
 from segtrain.panoptic_quality import PanopticQuality
 from segtrain.reduction import Setting
 from segtrain.training import SegmentationModule, log_metrics
 
-PANOPTIC = "panoptic.jsonl"
 
-
-class PanopticCurve(Callback):
+class PanopticCurve(ValidationScoring):
     """Scores the segments of every validation batch under each setting of the network.
 
     It needs the panoptic ground truth in evaluation batches (``data.panoptic=true``) and one
@@ -54,23 +52,10 @@ class PanopticCurve(Callback):
     ) -> None:
         if min(every, 1 if limit_batches is None else limit_batches) < 1:
             raise UserError("callbacks.panoptic: 'every' and 'limit_batches' are at least 1")
-        self.run_folder = Path(run_folder)
+        super().__init__(Path(run_folder) / PANOPTIC, every, limit_batches)
         self.chosen = settings
-        self.every = every
-        self.limit_batches = limit_batches
         self.object_threshold = object_threshold
         self.overlap_threshold = overlap_threshold
-        self.rows: list[dict[str, Any]] = []
-        self._validations = 0
-        self._scoring = False
-
-    def state_dict(self) -> dict[str, Any]:
-        """How many validations there were; the rows are in ``panoptic.jsonl``."""
-        return {"validations": self._validations}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting validations."""
-        self._validations = state_dict["validations"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Resolve the settings.
@@ -98,22 +83,9 @@ class PanopticCurve(Callback):
         self._settings = resolve_settings(network, chosen, "callbacks.panoptic.settings")
         self._qualities = [PanopticQuality(things, network.num_classes) for _ in self._settings]
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take up the rows of a run that goes on, up to the step from which it does."""
-        if trainer.is_global_zero:
-            drop_rows_after(self.run_folder / PANOPTIC, trainer.global_step)
-            self.rows = read_rows(self.run_folder / PANOPTIC)
-
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start counting from zero."""
-        if not trainer.sanity_checking:
-            self._validations += 1
-        self._scoring = (
-            trainer.sanity_checking
-            or trainer.state.fn is not TrainerFn.FITTING
-            or self._validations % self.every == 0
-            or trainer.global_step == trainer.max_steps
-        )
+        super().on_validation_epoch_start(trainer, pl_module)
         self._images = 0
         for quality in self._qualities:
             quality.reset()
@@ -129,9 +101,7 @@ class PanopticCurve(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Count the segments of the batch under every setting."""
-        if not self._scoring or (
-            self.limit_batches is not None and batch_idx >= self.limit_batches
-        ):
+        if not self.is_scored(batch_idx):
             return
         self._images += len(batch["segments"])
         for setting, quality in zip(self._settings, self._qualities, strict=True):
@@ -151,7 +121,7 @@ class PanopticCurve(Callback):
             for setting, quality in zip(self._settings, qualities, strict=True)
         ]
         self.rows += rows
-        append_rows(self.run_folder / PANOPTIC, rows)
+        append_rows(self.file, rows)
         names = ("PQ", "SQ", "RQ", "PQ_things", "PQ_stuff")
         log_metrics(trainer, {f"val/{n}/{row['setting']}": row[n] for row in rows for n in names})
 

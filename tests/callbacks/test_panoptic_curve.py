@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from callbacks.jsonl import JsonLinesLogger, append_rows, read_rows
-from callbacks.panoptic import PANOPTIC, PanopticCurve
+from callbacks.jsonl import PANOPTIC, ForgetLostSteps, JsonLinesLogger, append_rows, read_rows
+from callbacks.panoptic import PanopticCurve
 from segtrain import UserError
 from segtrain.mask_inference import panoptic_inference
 from segtrain.networks import Network
@@ -117,7 +117,8 @@ def test_every_validation_of_a_training_and_only_some_batches(tmp_path):
     curve = PanopticCurve(tmp_path, settings=["half"], every=2, limit_batches=1)
     append_rows(tmp_path / PANOPTIC, [{"step": 0, "PQ": 0.5}, {"step": 9, "PQ": 0.6}])
     module, data = create_module(network=Shades()), PanopticTinyData()
-    trainer = create_trainer([curve], steps=5, validate_every=1, num_sanity_val_steps=1)
+    callbacks = [ForgetLostSteps(tmp_path), curve]
+    trainer = create_trainer(callbacks, steps=5, validate_every=1, num_sanity_val_steps=1)
     trainer.fit(module, data)
     rows = read_rows(tmp_path / PANOPTIC)
     assert [row["step"] for row in rows] == [0, 2, 4, 5]  # what was lost is dropped
