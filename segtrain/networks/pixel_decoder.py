@@ -179,7 +179,8 @@ class PixelDecoder(nn.Module):
             if stage < 2 and self.recalibration is not None:
                 added = self.recalibration(added, levels[2], grids[stage], grids[2])
             tokens = torch.cat([tokens, added], dim=1)
-            inputs = torch.cat([inputs, added], dim=1)
+            if self.residual:
+                inputs = torch.cat([inputs, added], dim=1)
             first, count = sum(self.encoder_layers[:stage]), tokens.shape[1]
             for layer in self.layers[first : first + built][: layers_run[stage]]:
                 tokens = layer(tokens, positions[:count], references[:count], grids[: stage + 1])
