@@ -42,10 +42,10 @@ ROOT = Path(train.__file__).parent
 RATE = {"optimizer.learning_rate": {"type": "float", "low": 1e-4, "high": 1e-1, "log": True}}
 
 #: Stands in for train.py where workers are tested: a process of its own with the same arguments,
-#: the same folder and a result, in a tenth of a second. With HANG it waits for its worker to die
-#: once four trainings have been started.
+#: the same folder and a result, in a tenth of a second. Once four trainings have been started, one
+#: with HANG waits for its worker to die, and one with LET_HANG until another does so.
 TRAINING = """
-import json, os, sys
+import json, os, sys, time
 from pathlib import Path
 from tuning.trial import RESULT, TRIAL, TrialAddress
 
@@ -68,10 +68,13 @@ def note(file):
 note("started")
 if "SHOW" in os.environ:
     Path("environment").write_text(" ".join(os.environ))
-if "HANG" in os.environ and len(Path("started").read_text().splitlines()) >= 4:
+late = len(Path("started").read_text().splitlines()) >= 4
+if "HANG" in os.environ and late:
     Path("hangs").write_text(str(rate))
     os.read(address.lifeline, 1)
     sys.exit(1)
+while "LET_HANG" in os.environ and late and not Path("hangs").exists():
+    time.sleep(0.05)
 if "FAIL" in os.environ:
     print("step 1")
     sys.exit("segtrain: error: out of luck")
@@ -152,7 +155,9 @@ def rates(file):
 )
 def test_two_workers_share_ten_trials_and_one_is_killed(start_worker, storage):
     arguments = ["n_trials=10", f"storage={storage}"]
-    doomed, other = start_worker(*arguments, HANG="1"), start_worker(*arguments)
+    doomed = start_worker(*arguments, HANG="1")
+    # A worker that is ahead must not take all trials before the other has its first.
+    other = start_worker(*arguments, LET_HANG="1")
     wait_for("hangs")
     doomed.kill()
     doomed.communicate()
