@@ -22,7 +22,7 @@ async function inflate(base64) {
   return new Uint8Array(await new Response(stream).arrayBuffer());
 }
 
-const plotlyReady = (async () => {
+const plotlyReady = document.getElementById("data-plotly") && (async () => {
   const script = document.createElement("script");
   script.textContent = await readText("plotly");
   document.head.append(script);
@@ -133,6 +133,32 @@ function whenNear(elements, come, leave) {
     }
   }, {rootMargin: "300px"});
   for (const element of elements) observer.observe(element);
+}
+
+/** Fill a canvas with colours 0xAABBGGRR, by the numbers of its pixels. */
+function drawColors(canvas, colorOf) {
+  const context = canvas.getContext("2d");
+  const data = context.createImageData(canvas.width, canvas.height);
+  const pixels = new Uint32Array(data.data.buffer);
+  for (let i = 0; i < pixels.length; i++) pixels[i] = colorOf(i);
+  context.putImageData(data, 0, 0);
+}
+
+/** The number of the pixel of a picture of this size that the pointer is at. */
+function pixelAt(event, picture, {width, height}) {
+  const area = picture.getBoundingClientRect();
+  const x = Math.min(width - 1, Math.floor((event.clientX - area.left) / area.width * width));
+  const y = Math.min(height - 1, Math.floor((event.clientY - area.top) / area.height * height));
+  return y * width + x;
+}
+
+/** Say something beside the pointer; an empty text says nothing. */
+function tell(event, text) {
+  const tip = document.getElementById("tip");
+  tip.textContent = text;
+  tip.style.display = text ? "block" : "none";
+  tip.style.left = `${Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 8)}px`;
+  tip.style.top = `${Math.min(event.clientY + 14, innerHeight - tip.offsetHeight - 8)}px`;
 }
 
 function sortTable(table, column, descending) {

@@ -47,8 +47,9 @@ def write_page(
         data: plain values by name, which the script reads by ``await readData(name)``.
         script: JavaScript that runs after ``pages.js``.
     """
-    blocks = {"plotly": _packed_plotly(), "charts": pack(charts)}
-    blocks |= {name: pack(values) for name, values in (data or {}).items()}
+    blocks = {name: pack(values) for name, values in {"charts": charts, **(data or {})}.items()}
+    if charts:
+        blocks["plotly"] = _packed_plotly()
     packed = "".join(
         f'<script type="application/octet-stream" id="data-{name}">{text}</script>'
         for name, text in blocks.items()

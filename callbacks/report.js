@@ -181,7 +181,7 @@ async function buildGallery() {
   });
   whenNear(box.children, paint, unpaint);
   box.addEventListener("pointermove", tellClass);
-  box.addEventListener("pointerleave", () => { element("tip").style.display = "none"; });
+  box.addEventListener("pointerleave", (event) => tell(event, ""));
 }
 
 async function paint(figure) {
@@ -223,14 +223,6 @@ function unpaint(figure) {
   for (const canvas of figure.querySelectorAll("canvas")) canvas.width = canvas.height = 0;
 }
 
-function drawColors(canvas, colorOf) {
-  const context = canvas.getContext("2d");
-  const data = context.createImageData(canvas.width, canvas.height);
-  const pixels = new Uint32Array(data.data.buffer);
-  for (let i = 0; i < pixels.length; i++) pixels[i] = colorOf(i);
-  context.putImageData(data, 0, 0);
-}
-
 const LOST = 0xff0c66e0, GAINED = 0xffd8862c, OTHER = 0xff9a9a9a;
 
 function drawDifference(canvas, {label, base: before, chosen: after}, picture) {
@@ -246,18 +238,12 @@ function drawDifference(canvas, {label, base: before, chosen: after}, picture) {
 }
 
 function tellClass(event) {
-  const tip = element("tip");
   const picture = event.target.closest("img, canvas"), figure = event.target.closest(".picture");
-  if (!picture || !figure || !figure.maps) { tip.style.display = "none"; return; }
-  const {width, height} = gallery.images[figure.dataset.index], area = picture.getBoundingClientRect();
-  const x = Math.min(width - 1, Math.floor((event.clientX - area.left) / area.width * width));
-  const y = Math.min(height - 1, Math.floor((event.clientY - area.top) / area.height * height));
-  const name = (map) => map ? gallery.classes[map[y * width + x]] ?? "ignored" : "";
-  tip.textContent = `label: ${name(figure.shown.label)}\n${base()}: ${name(figure.shown.base)}`
-    + `\n${chosen()}: ${name(figure.shown.chosen)}`;
-  tip.style.display = "block";
-  tip.style.left = `${Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 8)}px`;
-  tip.style.top = `${Math.min(event.clientY + 14, innerHeight - tip.offsetHeight - 8)}px`;
+  if (!picture || !figure || !figure.maps) { tell(event, ""); return; }
+  const pixel = pixelAt(event, picture, gallery.images[figure.dataset.index]);
+  const name = (map) => map ? gallery.classes[map[pixel]] ?? "ignored" : "";
+  tell(event, `label: ${name(figure.shown.label)}\n${base()}: ${name(figure.shown.base)}`
+    + `\n${chosen()}: ${name(figure.shown.chosen)}`);
 }
 
 function showGallery() {
