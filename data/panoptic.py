@@ -67,10 +67,9 @@ class PanopticTruth:
             UserError: the PNG is missing, damaged, or shows a segment that the JSON file lacks.
         """
         file = f"{self.place}/{self.files[name]}"
-        try:
-            content = self.place.read(self.files[name])
-        except (FileNotFoundError, KeyError):
-            raise UserError(f"{file} is missing, of which the JSON file beside it tells") from None
+        if not self.place.has(self.files[name]):
+            raise UserError(f"{file} is missing, of which the JSON file beside it tells")
+        content = self.place.read(self.files[name])
         red, green, blue = np.moveaxis(decode_image(content, file).astype(np.int32), -1, 0)
         ids = red | green << 8 | blue << 16
         known = self.segments[name]
@@ -165,11 +164,9 @@ class PanopticData(SegmentationData):
         places = list(self.panoptic_places())
         for name in self.panoptic_names:
             for place in places:
-                try:
-                    content = place.read(f"{name}.json")
-                except (FileNotFoundError, KeyError):
+                if not place.has(f"{name}.json"):
                     continue
-                file = f"{place}/{name}.json"
+                content, file = place.read(f"{name}.json"), f"{place}/{name}.json"
                 truth = read_truth(
                     content, file, place / name, self.panoptic_suffix, self.class_names
                 )

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import track
 
 from data.classes import IGNORE_INDEX, ClassTable, load_class_table
+from data.files import write_file
 from data.scenes.appearance import train_ids
 from data.scenes.canvas import Canvas
 from data.scenes.indoor import draw_room
@@ -124,7 +125,4 @@ def _raw_ids(table: ClassTable) -> np.ndarray:
 def _write_image(path: Path, pixels: np.ndarray) -> None:
     options = [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY] if path.suffix == ".jpg" else []
     _, content = cv2.imencode(path.suffix, pixels, options)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_bytes(content.tobytes())
-    unfinished.replace(path)
+    write_file(path, content.tobytes())
