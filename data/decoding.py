@@ -5,12 +5,18 @@ from __future__ import annotations
 import io
 
 import cv2
+import imagecodecs
 import numpy as np
 import simplejpeg
 
 from segtrain.errors import UserError
 
 _JPEG_START = b"\xff\xd8"
+_PNG_START = b"\x89PNG\r\n\x1a\n"
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+# Of a PNG: grey values or colours, and where its header says so with 8 bits and no interlacing.
+_GREY, _COLOR = 0, 2
+_PIXEL_FORMAT = slice(24, 29)
 
 
 def decode_image(content: bytes, where: str) -> np.ndarray:
@@ -26,10 +32,28 @@ def decode_image(content: bytes, where: str) -> np.ndarray:
             if "Premature end" in str(error):
                 raise _damaged(where) from None
             # Odd but complete files (unusual subsampling, stray bytes) are left to OpenCV.
-    image = _decode(content, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+    image = _decode_plain_png(content, _COLOR)
+    if image is None:
+        image = _decode(content, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
     if image is None:
         raise _damaged(where)
     return image
+
+
+def decode_raw_label(content: bytes, where: str, colors: np.ndarray | None) -> np.ndarray:
+    """Decode a label file of any kind to raw ids (H, W) uint8.
+
+    Args:
+        content: of the file.
+        where: names it; a .mat file by its ending.
+        colors: (N, 3) uint8 RGB of the raw ids 0..N-1 where label files show them.
+
+    Raises:
+        UserError: the file is damaged, or not a label of this kind.
+    """
+    if colors is not None:
+        return decode_colored_label(content, where, colors)
+    return (decode_matlab_label if where.endswith(".mat") else decode_label)(content, where)
 
 
 def decode_label(content: bytes, where: str) -> np.ndarray:
@@ -38,7 +62,9 @@ def decode_label(content: bytes, where: str) -> np.ndarray:
     Raises:
         UserError: the file is damaged or not one 8-bit channel; `where` names it.
     """
-    label = _decode(content, cv2.IMREAD_UNCHANGED)
+    label = _decode_plain_png(content, _GREY)
+    if label is None:
+        label = _decode(content, cv2.IMREAD_UNCHANGED)
     if label is None:
         raise _damaged(where)
     if label.ndim != 2 or label.dtype != np.uint8:
@@ -63,9 +89,7 @@ def decode_colored_label(content: bytes, where: str, colors: np.ndarray) -> np.n
     Raises:
         UserError: the file is damaged, or shows another colour.
     """
-    label = _decode(content, cv2.IMREAD_COLOR_RGB)
-    if label is None:
-        raise _damaged(where)
+    label = decode_image(content, where)
     codes, known = _color_codes(label), _color_codes(colors)
     order = np.argsort(known)
     ids = order[np.searchsorted(known, codes, sorter=order).clip(max=len(colors) - 1)]
@@ -105,6 +129,28 @@ def decode_matlab_label(content: bytes, where: str) -> np.ndarray:
     except Exception as error:  # SciPy raises many kinds for damaged files
         raise _damaged(where) from error
     return label.astype(np.uint8) - np.uint8(1)
+
+
+def _decode_plain_png(content: bytes, color_type: int) -> np.ndarray | None:
+    """Decode a PNG of the common kind in 3/5 of OpenCV's time; None leaves a file to OpenCV.
+
+    Args:
+        content: of the file.
+        color_type: `_GREY` for (H, W) uint8, `_COLOR` for (H, W, 3) uint8 RGB.
+    """
+    header = content[: content.find(b"IDAT")]
+    if (
+        not header.startswith(_PNG_START)
+        or header[_PIXEL_FORMAT] != bytes([8, color_type, 0, 0, 0])
+        or b"tRNS" in header  # would become a channel
+        or b"acTL" in header  # of an animation, the first frame may be another than the first image
+        or not content.endswith(_PNG_END)  # imagecodecs does not miss it
+    ):
+        return None
+    try:
+        return imagecodecs.png_decode(content)
+    except (imagecodecs.PngError, UnicodeDecodeError):  # a message may quote the file
+        return None
 
 
 def _decode(content: bytes, flags: int) -> np.ndarray | None:
