@@ -50,6 +50,7 @@ class COCOStuff(SegmentationData):
                 " stuffthingmaps_trainval2017.zip from https://github.com/nightrome/cocostuff"
             )
         elif variant == "10k":
+            self.cache_name = "segtrain_cache_10k"  # both may be in one folder
             self.official_images = (9000, 1000)
             self.expected = (
                 "cocostuff-10k-v1.1.zip, or unpacked images/*.jpg and annotations/*.mat (10000"

@@ -17,11 +17,12 @@ import albumentations as A
 import numpy as np
 
 from data.classes import ClassTable
-from data.dataset import EvaluationImages, TrainingImages
+from data.colors import Photometric, photometric_distortion
+from data.dataset import EvaluationImages, OnError, TrainingImages
 from data.decoding import decode_image
 from data.files import Place, Split
-from data.module import SegmentationData, SplitName
-from data.transforms import Photometric, photometric_distortion
+from data.module import LoaderName, SegmentationData, SplitName
+from data.transforms import seed_transform
 
 _SUFFIX = ".JPEG"
 # The side of an evaluation image, of which the centre is scored: 256 for crops of 224.
@@ -38,6 +39,7 @@ class ImageNet(SegmentationData):
         root: see above.
         batch_size, eval_batch_size: images per step and rank.
         workers: loading processes per rank; "auto" shares the cores out, at most 8 each.
+        loader, on_error: see `SegmentationData`.
         crop_size: (height, width) that images are brought to: training ones by a random window of 8
             to 100 % of the image, evaluation ones by the centre of the image at 256/224 of it.
         photometric: see `SegmentationData`.
@@ -66,6 +68,8 @@ class ImageNet(SegmentationData):
         batch_size: int = 128,
         eval_batch_size: int = 128,
         workers: int | Literal["auto"] = "auto",
+        loader: LoaderName = "shared_memory",
+        on_error: OnError = "raise",
         crop_size: Sequence[int] = (224, 224),
         photometric: Photometric = False,
         seed: int = 0,
@@ -77,6 +81,9 @@ class ImageNet(SegmentationData):
             batch_size=batch_size,
             eval_batch_size=eval_batch_size,
             workers=workers,
+            loader=loader,
+            cache="none",
+            on_error=on_error,
             crop_size=crop_size,
             photometric=photometric,
             eval_scale=None,
@@ -127,29 +134,49 @@ class ImageNet(SegmentationData):
 
     def training_images(self) -> TrainingImages:
         height, width = self.crop_size
-        steps = [
-            A.RandomResizedCrop((height, width), scale=(0.08, 1.0), area_for_downscale="image"),
-            A.HorizontalFlip(p=0.5),
-            *photometric_distortion(self.photometric),
-        ]
-        return ClassifiedTrainingImages(self._limited_split("train"), A.Compose(steps), self.seed)
+        colors = photometric_distortion(self.photometric)
+        transform = ClassificationTransform(
+            [
+                A.RandomResizedCrop((height, width), scale=(0.08, 1.0), area_for_downscale="image"),
+                A.HorizontalFlip(p=0.5),
+                *([colors] if colors else []),
+            ]
+        )
+        split = self._limited_split("train")
+        return ClassifiedTrainingImages(split, transform, self.seed, self.on_error)
 
     def evaluation_images(self) -> EvaluationImages:
-        return ClassifiedEvaluationImages(self._limited_split("val"), self.crop_size)
+        split = self._limited_split("val")
+        return ClassifiedEvaluationImages(split, self.crop_size, self.on_error)
+
+
+class ClassificationTransform:
+    """Changes images alone; called as `data.transforms.TrainingTransform` is."""
+
+    def __init__(self, steps: Sequence[A.BasicTransform]) -> None:
+        self.compose = A.Compose(list(steps))
+
+    def __call__(
+        self, image: np.ndarray, mask: np.ndarray, generator: np.random.Generator
+    ) -> dict[str, Any]:
+        seed_transform(self.compose, generator)
+        return {"image": self.compose(image=image)["image"]}
 
 
 class ClassifiedTrainingImages(TrainingImages):
     """Augmented images, each with the one pixel of its class."""
 
-    def sample(self, index: int) -> dict[str, Any]:
-        return _classified(self.split, self.transform, index)
+    def read(self, index: int) -> dict[str, Any]:
+        return _read(self.split, index)
 
 
 class ClassifiedEvaluationImages(EvaluationImages):
     """The centres of images, each with the one pixel of its class."""
 
-    def __init__(self, split: Split, crop_size: Sequence[int]) -> None:
-        super().__init__(split, scale=None, size_divisor=None)
+    ignore_index = ImageNet.ignore_index
+
+    def __init__(self, split: Split, crop_size: Sequence[int], on_error: OnError) -> None:
+        super().__init__(split, None, None, on_error)
         height, width = crop_size
         sides = (round(height * _EVALUATION_MARGIN), round(width * _EVALUATION_MARGIN))
         self.transform = A.Compose(
@@ -159,12 +186,15 @@ class ClassifiedEvaluationImages(EvaluationImages):
             ]
         )
 
-    def sample(self, index: int) -> dict[str, Any]:
-        return _classified(self.split, self.transform, index)
+    def read(self, index: int) -> dict[str, Any]:
+        return _read(self.split, index)
+
+    def resize(self, image: np.ndarray) -> np.ndarray:
+        return self.transform(image=image)["image"]
 
 
-def _classified(split: Split, transform: A.Compose, index: int) -> dict[str, Any]:
+def _read(split: Split, index: int) -> dict[str, Any]:
     name, file, folder = split.files[index]
     image = decode_image(split.images.read(file), f"{split.images}/{file}")
     mask = np.full((1, 1), split.table.class_names.index(folder), dtype=np.int64)
-    return {"image": transform(image=image)["image"], "mask": mask, "name": name}
+    return {"name": name, "image": image, "mask": mask}

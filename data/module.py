@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +14,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
+from data.cached import open_cache
 from data.classes import IGNORE_INDEX, ClassTable
-from data.dataset import EvaluationImages, TrainingImages, collate_evaluation, load_label
+from data.colors import Photometric, distort_batch, photometric_distortion
+from data.custom_transforms import build_transforms
+from data.dataset import EvaluationImages, OnError, TrainingImages, collate_evaluation, load_label
 from data.files import Place, Split
+from data.geometry import RandomScaledCrop
 from data.loader import SegmentationLoader, automatic_workers, prepare_worker
 from data.sampling import EndlessBatchSampler, RankSampler
 from data.superpatches import (
@@ -26,12 +30,14 @@ from data.superpatches import (
     SuperpatchImages,
     label_superpatches,
 )
-from data.transforms import PAD_COLOR, Photometric, training_transform
+from data.transforms import PAD_COLOR, TrainingTransform
 from segtrain.classes import Classes
 from segtrain.errors import UserError
 from segtrain.inference import IMAGE_MEAN, IMAGE_STD, keep_ratio_size
 
 SplitName = Literal["train", "val"]
+LoaderName = Literal["shared_memory", "stock"]
+PhotometricOn = Literal["auto", "device", "workers"]
 
 
 class SegmentationData(lightning.LightningDataModule, ABC):
@@ -39,7 +45,10 @@ class SegmentationData(lightning.LightningDataModule, ABC):
 
     A training batch is {"image": uint8 (B, H, W, 3) RGB, "mask": uint8 (B, H, W), "name": list of
     str, "epoch": int64 (B,), "index": int64 (B,)}; an evaluation batch holds the resized image,
-    the mask at the original size, "name" and "index". On the device images become float32
+    the mask at the original size, "name" and "index". With `on_error="skip"` both hold
+    "unreadable": list of str, what was wrong with files whose place another image takes. With
+    colours on the device training batches hold "distortion" and "content" for
+    `data.colors.distort_batch`. On the device images become float32
     (B, 3, H, W), normalised, in channels-last memory, and masks int64.
 
     The defaults are EDAFormer's recipe for ADE20K and COCO-Stuff.
@@ -49,6 +58,12 @@ class SegmentationData(lightning.LightningDataModule, ABC):
         batch_size: training images per step and rank.
         eval_batch_size: evaluation images per step and rank; more than 1 needs equal sizes.
         workers: loading processes per rank; "auto" shares the cores out, at most 8 each.
+        loader: how they hand batches over: through shared memory that is there from the start, or
+            with "stock" as PyTorch does.
+        cache: folder of a cache that `python -m data.cache` made; "auto" for the one in `root` if
+            there is one, "none" for the files.
+        on_error: what a file that cannot be read does: "raise" stops, "skip" takes another image
+            (see `data.dataset.Images`).
         crop_size: (height, width) of training crops.
         train_scale: (long, short) side that training images are resized into, times a factor; None
             for the size that they have.
@@ -60,7 +75,11 @@ class SegmentationData(lightning.LightningDataModule, ABC):
             jitter.
         photometric: whether training colours are distorted; "pil" for PaddleSeg's distortion
             instead of MMSegmentation's.
+        photometric_on: where: while loading, or on the device of the network for a whole batch;
+            "auto" for a GPU if there is one. PaddleSeg's is done while loading.
         pad_color: RGB of what pads images to the size of crops.
+        transforms: of albumentations, by name, between crop and colours (see
+            `data.custom_transforms.build_transforms`).
         eval_scale: (long, short) side that evaluation images are resized into; None keeps them.
         size_divisor: evaluation images are resized up to multiples of it; None keeps them.
         superpatches: masks say of 32x32 pixels of the resized images whether they show one class,
@@ -73,6 +92,10 @@ class SegmentationData(lightning.LightningDataModule, ABC):
     #: Whether an image has one class, in a mask of one pixel.
     classifies_images: bool = False
     nominal_image_size: tuple[int, int] = (512, 512)  # height, width
+    #: Of the folder in `root` where a cache belongs.
+    cache_name: str = "segtrain_cache"
+    #: Where `pair` notes the files that others lack as counterparts; None raises for them.
+    unpaired: list[tuple[Place, str]] | None = None
     # What a data set says about itself: its name, classes, and files as distributed.
     title: str
     table: ClassTable
@@ -87,6 +110,9 @@ class SegmentationData(lightning.LightningDataModule, ABC):
         batch_size: int = 4,
         eval_batch_size: int = 1,
         workers: int | Literal["auto"] = "auto",
+        loader: LoaderName = "shared_memory",
+        cache: str | Path = "auto",
+        on_error: OnError = "raise",
         crop_size: Sequence[int] = (512, 512),
         train_scale: Sequence[int] | None = (2048, 512),
         scale_range: Sequence[float] = (0.5, 2.0),
@@ -95,7 +121,9 @@ class SegmentationData(lightning.LightningDataModule, ABC):
         cat_max_ratio: float = 0.75,
         joint_crop_offset: bool = False,
         photometric: Photometric = True,
+        photometric_on: PhotometricOn = "auto",
         pad_color: Sequence[int] = PAD_COLOR,
+        transforms: Sequence[Mapping[str, Any]] = (),
         eval_scale: Sequence[int] | None = (2048, 512),
         size_divisor: int | None = 32,
         superpatches: Superpatches | None = None,
@@ -108,10 +136,18 @@ class SegmentationData(lightning.LightningDataModule, ABC):
             raise UserError(
                 "data.shortest_edge=true needs sides to resize to, and data.train_scale is null"
             )
+        if photometric == "pil" and photometric_on == "device":
+            raise UserError(
+                "data.photometric=pil distorts colours while loading only: set"
+                " data.photometric_on=workers, or data.photometric=true"
+            )
         self.root = Path(root)
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.workers = workers
+        self.loader = loader
+        self.cache = cache
+        self.on_error = on_error
         self.crop_size = crop_size
         self.train_scale = train_scale
         self.scale_range = scale_range
@@ -120,7 +156,9 @@ class SegmentationData(lightning.LightningDataModule, ABC):
         self.cat_max_ratio = cat_max_ratio
         self.joint_crop_offset = joint_crop_offset
         self.photometric = photometric
+        self.photometric_on = photometric_on
         self.pad_color = pad_color
+        self.transforms = build_transforms(transforms, crop_size, pad_color)
         self.eval_scale = eval_scale
         self.size_divisor = size_divisor
         self.superpatches = superpatches
@@ -208,11 +246,15 @@ class SegmentationData(lightning.LightningDataModule, ABC):
             (image_of.keys() - label_of.keys(), "images have no label"),
             (label_of.keys() - image_of.keys(), "labels have no image"),
         ):
-            if alone:
+            if alone and self.unpaired is None:
                 raise self.missing(f"{found}; {len(alone)} {what}, the first is {min(alone)}")
-        if not image_of:
+        pairs = image_of.keys() & label_of.keys()
+        if not pairs:
             raise self.missing(found)
-        files = [(stem, image_of[stem], label_of[stem]) for stem in sorted(image_of)]
+        if self.unpaired is not None:
+            self.unpaired += [(labels, s + label_suffix) for s in sorted(image_of.keys() - pairs)]
+            self.unpaired += [(images, s + image_suffix) for s in sorted(label_of.keys() - pairs)]
+        files = [(stem, image_of[stem], label_of[stem]) for stem in sorted(pairs)]
         return Split(images, labels, files, self.table)
 
     def missing(self, found: str) -> UserError:
@@ -226,9 +268,17 @@ class SegmentationData(lightning.LightningDataModule, ABC):
             f"  get it: {self.how_to_get}"
         )
 
+    @property
+    def cache_folder(self) -> Path:
+        """Where `python -m data.cache` puts the cache, and where it is looked for."""
+        return self.root / self.cache_name if self.cache == "auto" else Path(self.cache)
+
     def _split(self, name: SplitName) -> Split:
         if name not in self._splits:
-            self._splits[name] = self.find_split(name)
+            split = self.find_split(name)
+            if self.cache != "none":
+                split = replace(split, cache=open_cache(split, self.cache_folder / name))
+            self._splits[name] = split
         return self._splits[name]
 
     def _limited_split(self, name: SplitName) -> Split:
@@ -243,7 +293,12 @@ class SegmentationData(lightning.LightningDataModule, ABC):
         split = self._limited_split("train")
         counts = np.zeros(256, dtype=np.int64)
         for index in range(0, len(split.files), -(-len(split.files) // 2000)):
-            mask = load_label(split, index)
+            try:
+                mask = load_label(split, index)
+            except UserError:
+                if self.on_error == "raise":
+                    raise
+                continue
             if self.superpatches is not None:
                 mask = label_superpatches(mask, self.superpatches)
             counts += np.bincount(mask.ravel(), minlength=256)
@@ -267,22 +322,36 @@ class SegmentationData(lightning.LightningDataModule, ABC):
 
     def training_images(self) -> TrainingImages:
         """The training images, augmented."""
-        transform = training_transform(
+        crop = RandomScaledCrop(
             self.crop_size,
             self.train_scale,
             self.scale_range,
             self.cat_max_ratio,
-            self.photometric,
             self.scale_step,
-            shortest_edge=self.shortest_edge,
-            joint_crop_offset=self.joint_crop_offset,
+            self.shortest_edge,
+            self.joint_crop_offset,
+        )
+        transform = TrainingTransform(
+            crop,
+            self.transforms,
+            photometric_distortion(self.photometric),
+            colors_on_device=self._colors_on_device(),
             pad_color=self.pad_color,
         )
-        return TrainingImages(self._limited_split("train"), transform, self.seed)
+        split = self._limited_split("train")
+        return TrainingImages(split, transform, self.seed, self.on_error)
+
+    def _colors_on_device(self) -> bool:
+        if self.photometric is not True:
+            return False
+        if self.photometric_on == "auto":
+            return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return self.photometric_on == "device"
 
     def evaluation_images(self) -> EvaluationImages:
         """The evaluation images, resized."""
-        return EvaluationImages(self._limited_split("val"), self.eval_scale, self.size_divisor)
+        split = self._limited_split("val")
+        return EvaluationImages(split, self.eval_scale, self.size_divisor, self.on_error)
 
     def _labelled(
         self, images: TrainingImages | EvaluationImages
@@ -320,7 +389,7 @@ class SegmentationData(lightning.LightningDataModule, ABC):
             UserError: there are fewer images than ranks.
         """
         split = self._limited_split("train")
-        images = EvaluationImages(split, self.eval_scale, self.size_divisor)
+        images = EvaluationImages(split, self.eval_scale, self.size_divisor, self.on_error)
         return self._evaluation_loader(images, "training", "data.limit_train")
 
     def _evaluation_loader(
@@ -343,6 +412,8 @@ class SegmentationData(lightning.LightningDataModule, ABC):
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         image = batch["image"].permute(0, 3, 1, 2).float()  # keeps the memory: channels last
+        if "distortion" in batch:
+            image = distort_batch(image, batch["distortion"], batch["content"])
         mean, std = (
             image.new_tensor(values).view(1, 3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD)
         )
@@ -354,8 +425,11 @@ class SegmentationData(lightning.LightningDataModule, ABC):
     def _loader(self, dataset: Dataset[dict[str, Any]], **options: Any) -> SegmentationLoader:
         ranks_here = self.trainer.num_devices if self.trainer else 1
         workers = automatic_workers(ranks_here) if self.workers == "auto" else self.workers
+        device = self.trainer.strategy.root_device if self.trainer else None
         return SegmentationLoader(
             dataset,
+            stock=self.loader == "stock",
+            device=device,
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),

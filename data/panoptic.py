@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from data.classes import IGNORE_INDEX
-from data.dataset import EvaluationImages
+from data.dataset import EvaluationImages, OnError
 from data.decoding import decode_image
 from data.files import Place, Split
 from data.module import SegmentationData, SplitName
@@ -90,18 +90,19 @@ class PanopticImages(EvaluationImages):
         split: Split,
         scale: Sequence[int] | None,
         size_divisor: int | None,
+        on_error: OnError,
         truth: PanopticTruth,
     ) -> None:
-        super().__init__(split, scale, size_divisor)
+        super().__init__(split, scale, size_divisor, on_error)
         self.truth = truth
 
-    def sample(self, index: int) -> dict[str, Any]:
-        """Resized image, mask, segments and name.
+    def read(self, index: int) -> dict[str, Any]:
+        """Name, image, mask and segments.
 
         Raises:
             UserError: see `PanopticTruth.read`, or the segments are of another size.
         """
-        sample = super().sample(index)
+        sample = super().read(index)
         name = sample["name"]
         segments = self.truth.read(name)
         if segments.shape[:2] != sample["mask"].shape:
@@ -111,6 +112,12 @@ class PanopticImages(EvaluationImages):
                 f" {name} is {label_width}x{label_height}"
             )
         return {**sample, "segments": segments}
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = super().__getitem__(index)
+        if sample.get("unreadable"):
+            sample["segments"] = np.full_like(sample["segments"], (IGNORE_INDEX, 0))
+        return sample
 
 
 class PanopticData(SegmentationData):
@@ -157,7 +164,7 @@ class PanopticData(SegmentationData):
         if not self.panoptic:
             return super().evaluation_images()
         split = self._limited_split("val")
-        return PanopticImages(split, self.eval_scale, self.size_divisor, self._truth)
+        return PanopticImages(split, self.eval_scale, self.size_divisor, self.on_error, self._truth)
 
     @cached_property
     def _truth(self) -> PanopticTruth:

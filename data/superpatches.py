@@ -37,7 +37,10 @@ class SuperpatchImages(Dataset[dict[str, Any]]):
         sample = self.images[key]
         height, width = sample["image"].shape[:2]
         mask = cv2.resize(sample["mask"], (width, height), interpolation=cv2.INTER_NEAREST)
-        return {**sample, "mask": label_superpatches(mask, self.superpatches)}
+        labels = label_superpatches(mask, self.superpatches)
+        if sample.get("unreadable") and (mask == IGNORE_INDEX).all():
+            labels[:] = IGNORE_INDEX  # of another image, whose mask does not count
+        return {**sample, "mask": labels}
 
 
 def label_superpatches(mask: np.ndarray, superpatches: Superpatches) -> np.ndarray:

@@ -73,6 +73,7 @@ class Scenes(SegmentationData):
         self.official_images = (train_images, eval_images)
         self.nominal_image_size = (height, width)
         self.reader = _LAYOUTS[layout](self.root / self.rendering.folder)
+        self.cache_name = f"{self.rendering.folder}/{self.cache_name}"
         self.table = self.reader.table
 
     def prepare_data(self) -> None:
