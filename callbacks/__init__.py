@@ -23,6 +23,7 @@ from callbacks.resume import Provenance
 from callbacks.signals import StopOnSignal
 from callbacks.tracking import check_tracking, create_loggers, write_run_record
 from callbacks.trial import Trial
+from callbacks.unreadable import Unreadable
 from segtrain.errors import UserError, check_arguments, did_you_mean
 from tuning.trial import TRIAL
 
@@ -36,6 +37,7 @@ __all__ = [
     "Progress",
     "Report",
     "StopOnSignal",
+    "Unreadable",
     "check_tracking",
     "create_callbacks",
     "create_loggers",
@@ -72,7 +74,7 @@ def create_callbacks(section: Mapping[str, Any], run_folder: Path) -> list[Callb
             raise UserError(
                 f"callbacks: there is no callback '{name}': {did_you_mean(name, _CALLBACKS)}"
             )
-    created: list[Callback] = [ForgetLostSteps(run_folder), Provenance(run_folder)]
+    created: list[Callback] = [ForgetLostSteps(run_folder), Provenance(run_folder), Unreadable()]
     for name, callback in _CALLBACKS.items():
         if section.get(name) is None:
             continue

@@ -19,13 +19,14 @@ def test_named_callbacks_are_built_in_the_order_of_their_work(tmp_path):
     assert names == [
         "ForgetLostSteps",
         "Provenance",
+        "Unreadable",
         "CostCurve",
         "Checkpoints",
         "Report",
         "Progress",
         "StopOnSignal",
     ]
-    curve, checkpoints = created[2], created[3]
+    curve, checkpoints = created[3], created[4]
     assert isinstance(curve, CostCurve)
     assert isinstance(checkpoints, Checkpoints)
     assert (curve.limit_batches, curve.latency) == (3, False)
