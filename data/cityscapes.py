@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ from data.files import Place, Split, first_existing
 from data.module import SplitName
 from data.panoptic import PanopticData
 
+_LABELS, _CONVERTED = "_gtFine_labelIds.png", "_gtFine_labelTrainIds.png"
+
 
 class Cityscapes(PanopticData):
     """`root` holds leftImg8bit/ and gtFine/, or the zips with these folders.
 
-    Labels are read from the `labelIds` files as distributed. The defaults are EDAFormer's recipe:
-    crops of 1024x1024, evaluation at 1024x2048 as the images are.
+    Labels are read from the `labelIds` files as distributed; where these are gone, from the
+    `labelTrainIds` files that cityscapesScripts or `python -m data.prepare` makes of them. The
+    defaults are EDAFormer's recipe: crops of 1024x1024, evaluation at 1024x2048 as the images are.
     """
 
     title = "Cityscapes"
@@ -68,8 +72,11 @@ class Cityscapes(PanopticData):
         )
 
     def find_split(self, split: SplitName) -> Split:
-        images, labels = self._folder("leftImg8bit"), self._folder("gtFine")
-        return self.pair(images / split, "_leftImg8bit.png", labels / split, "_gtFine_labelIds.png")
+        images, labels = self._folder("leftImg8bit") / split, self._folder("gtFine") / split
+        if labels.names(_CONVERTED) and not labels.names(_LABELS):
+            converted = self.pair(images, "_leftImg8bit.png", labels, _CONVERTED)
+            return replace(converted, table=self.table.for_converted_labels())
+        return self.pair(images, "_leftImg8bit.png", labels, _LABELS)
 
     def panoptic_places(self) -> Iterable[Place]:
         return self._folder("gtFine"), Place(self.root)
