@@ -287,18 +287,16 @@ class PageFaults(Dataset):
         for image in range(3):
             if image == 1:
                 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            arrays = [np.ones(20 * 2**20, np.uint8) for _ in range(5)]
+            # Not more than glibc keeps together outside of the main thread.
+            arrays = [np.ones(8 * 2**20, np.uint8) for _ in range(5)]
             del arrays
         return {"faults": resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before}
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="sets glibc's allocator")
 def test_workers_keep_the_memory_that_they_freed():
-    def faults(prepare) -> int:
-        (batch,) = SegmentationLoader(PageFaults(), num_workers=1, worker_init_fn=prepare)
-        return int(batch["faults"])
-
-    assert faults(prepare_worker) < faults(None) / 10
+    (batch,) = SegmentationLoader(PageFaults(), num_workers=1, worker_init_fn=prepare_worker)
+    assert batch["faults"] < 100  # of thousands
 
 
 def test_copies_to_a_device_are_one_batch_ahead(monkeypatch):
