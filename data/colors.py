@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any, Literal
 
 import albumentations as A
@@ -90,6 +91,13 @@ def change_saturation_and_hue(image: np.ndarray, gain: float, steps: int) -> np.
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
 
 
+@cache
+def per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """A number for each channel, (1, C, 1, 1) float32; to copy them at each step would wait."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)
+
+
 def distort_batch(
     image: torch.Tensor, amounts: torch.Tensor, content: torch.Tensor
 ) -> torch.Tensor:
@@ -134,7 +142,7 @@ def _change_saturation_and_hue(
     chroma = torch.minimum(chroma * gain, value)
     # Of red, green and blue: how far each is from the corner of the hexagon of hues where it is
     # at its lowest.
-    corner = image.new_tensor([5, 3, 1]).view(1, 3, 1, 1)
+    corner = per_channel((5, 3, 1), image.device)
     # Into memory of the image's layout, which sums of one channel and of three do not keep.
     distance = torch.add(sixth, corner, out=torch.empty_like(image)).remainder_(6)
     share = torch.minimum(distance, 4 - distance).clamp_(0, 1)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.cached import open_cache
 from data.classes import IGNORE_INDEX, ClassTable
-from data.colors import Photometric, distort_batch, photometric_distortion
+from data.colors import Photometric, distort_batch, per_channel, photometric_distortion
 from data.custom_transforms import build_transforms
 from data.dataset import EvaluationImages, OnError, TrainingImages, collate_evaluation, load_label
 from data.files import Place, Split
@@ -414,9 +414,7 @@ class SegmentationData(lightning.LightningDataModule, ABC):
         image = batch["image"].permute(0, 3, 1, 2).float()  # keeps the memory: channels last
         if "distortion" in batch:
             image = distort_batch(image, batch["distortion"], batch["content"])
-        mean, std = (
-            image.new_tensor(values).view(1, 3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD)
-        )
+        mean, std = (per_channel(values, image.device) for values in (IMAGE_MEAN, IMAGE_STD))
         return {**batch, "image": image.sub_(mean).div_(std), "mask": batch["mask"].long()}
 
     def _rank_and_world_size(self) -> tuple[int, int]:

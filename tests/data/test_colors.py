@@ -171,6 +171,22 @@ def test_colours_on_the_device_are_drawn_with_the_sample(open_small):
     assert "distortion" not in next(iter(on_device.val_dataloader()))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_batch_is_made_ready_without_waiting_for_the_device(open_small):
+    data = open_small("ade20k", photometric_on="device", batch_size=3)
+    batch = next(iter(data.train_dataloader()))
+    expected = data.on_after_batch_transfer(batch, 0)["image"]
+    batch = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    data.on_after_batch_transfer(batch, 0)  # the first one copies what all need
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        image = data.on_after_batch_transfer(batch, 0)["image"]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(image.cpu(), expected, rtol=0, atol=1e-4)
+
+
 def test_colours_of_pil_are_distorted_while_loading(open_small):
     with pytest.raises(UserError, match="pil distorts colours while loading"):
         open_small("ade20k", photometric="pil", photometric_on="device")
