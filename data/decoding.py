@@ -11,6 +11,9 @@ import simplejpeg
 
 from segtrain.errors import UserError
 
+# It would write a line of its own about a damaged file, for which there is one error here.
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
+
 _JPEG_START = b"\xff\xd8"
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
