@@ -137,8 +137,8 @@ def label_pictures(
     """
     from PIL import Image
 
-    from prediction.progress import Progress
     from prediction.writing import Output, describe_results
+    from progress import Progress
 
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     output = Output(folder, trained, values["overlay"])

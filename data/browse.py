@@ -28,7 +28,6 @@ from data.module import SplitName
 from data.sampling import EndlessBatchSampler
 from data.superpatches import SUPERPATCH
 from pages import write_page
-from prediction.writing import blend
 from segtrain.classes import Classes
 from segtrain.config import compose
 from segtrain.errors import UserError, did_you_mean
@@ -229,7 +228,8 @@ def draw_sheet(samples: Sequence[Sample], classes: Classes) -> Image.Image:
             texts.append(f"{legend([sample], classes)[0]['name']}: {sample.title}")
         else:
             colored = color_mask(mask, classes)
-            tiles.append(np.hstack([image, colored, blend(image, colored, _OPACITY)]))
+            both = cv2.addWeighted(image, 1 - _OPACITY, colored, _OPACITY, 0)
+            tiles.append(np.hstack([image, colored, both]))
             texts.append(sample.title)
     height, width = (max(tile.shape[axis] for tile in tiles) for axis in (0, 1))
     cells = zip(tiles, texts, strict=True)

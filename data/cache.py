@@ -27,7 +27,7 @@ from command_line import run_command
 from data.cached import CacheFolder, Part, encode, read_part
 from data.every_file import open_data_set
 from data.module import SegmentationData, SplitName
-from prediction.progress import Progress
+from progress import Progress
 from segtrain.errors import UserError
 
 OPTIONS = {"only": "labels: leave out the images, which takes about a hundredth of the space"}

@@ -16,7 +16,7 @@ import cv2
 from command_line import CONFIGS, Arguments, read_arguments
 from data import SegmentationData, create_data_module
 from data.loader import automatic_workers
-from prediction.progress import Progress
+from progress import Progress
 from segtrain.config import compose
 from segtrain.errors import UserError
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from prediction.progress import Progress
 from prediction.writing import Output, blend
+from progress import Progress
 from segtrain.errors import UserError
 
 #: MPEG-4 part 2, which OpenCV writes wherever it is installed; H.264 it often cannot.

@@ -20,7 +20,7 @@ FORBIDDEN = {
     "segtrain/training": ["segtrain.weights", "segtrain.cost"],
     "segtrain/metrics.py": ["segtrain.training", "segtrain.networks"],
     "segtrain/inference.py": ["segtrain.training", "lightning"],
-    "data": ["segtrain.networks", "segtrain.training", "callbacks", "train"],
+    "data": ["segtrain.networks", "segtrain.training", "callbacks", "prediction", "train"],
     "tuning": ["data", "callbacks", "train", "sweep", "torch", "lightning"],
     "callbacks": [
         *("data", "train", "run_folder"),

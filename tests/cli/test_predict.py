@@ -509,7 +509,7 @@ def test_a_checkpoint_of_before_takes_the_names_from_its_data(label, in_folder):
 
 
 def test_lines_of_progress_where_there_is_no_terminal(label, in_folder, monkeypatch):
-    from prediction.progress import Progress
+    from progress import Progress
 
     write_pictures(in_folder / "in", 6)
     monkeypatch.setattr(Progress.__init__, "__defaults__", (0,))

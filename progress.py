@@ -1,4 +1,4 @@
-"""How far a labelling is: a bar on a terminal, a line every few seconds elsewhere."""
+"""How far a command is: a bar on a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
