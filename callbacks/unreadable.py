@@ -29,6 +29,7 @@ class Unreadable(Callback):
         self.samples = 0
         self._named: set[str] = set()
         self._untold: list[str] = []
+        self._skips = False  # whether batches say what was skipped: those of all ranks, or none
 
     def state_dict(self) -> dict[str, Any]:
         """The count, and what was named."""
@@ -51,7 +52,7 @@ class Unreadable(Callback):
         self._look_at(trainer, batch)
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         every = cast(SegmentationModule, pl_module).log_every
-        if "unreadable" in batch and stepped and trainer.global_step % every == 0:
+        if stepped and trainer.global_step % every == 0:
             self._share(trainer)
 
     def on_validation_batch_end(
@@ -82,12 +83,15 @@ class Unreadable(Callback):
             )
 
     def _look_at(self, trainer: Trainer, batch: Mapping[str, Any]) -> None:
+        self._skips = "unreadable" in batch
         found = [problem for problem in batch.get("unreadable", ()) if problem]
         self._untold += found
         if trainer.is_global_zero:
             self._name(found)
 
     def _share(self, trainer: Trainer) -> None:
+        if not self._skips:
+            return
         found = [self._untold]
         if trainer.world_size > 1:
             found = [[] for _ in range(trainer.world_size)]
