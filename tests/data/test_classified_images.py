@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import warnings
 
 import cv2
 import numpy as np
@@ -168,3 +169,12 @@ def test_a_damaged_image(open_imagenet, tmp_path):
 def test_options_of_segmentation_are_refused(open_imagenet, option):
     with pytest.raises(UserError, match=f"data set 'imagenet'.*{option}"):
         open_imagenet(**{option: None})
+
+
+def test_albumentations_knows_every_argument_it_is_given(open_imagenet):
+    """It only warns about others, and would go on with its defaults."""
+    imagenet = open_imagenet(photometric=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        imagenet.training_images()
+        imagenet.evaluation_images()

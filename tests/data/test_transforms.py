@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import warnings
-
 import albumentations as A
 import cv2
 import numpy as np
@@ -149,11 +147,3 @@ def test_the_options_of_the_recipes_reach_the_transforms(open_small):
     assert open_small("ade20k", photometric=False).training_images().transform.colors is None
     with pytest.raises(UserError, match=r"shortest_edge=true needs .* data.train_scale is null"):
         open_small("ade20k", train_scale=None, shortest_edge=True)
-
-
-def test_albumentations_knows_every_argument_it_is_given():
-    """It only warns about others, and would go on with its defaults."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        whole_image((90, 120), colors=PhotometricDistortion())
-        PILPhotometricDistortion()
